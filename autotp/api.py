@@ -1,0 +1,180 @@
+"""What a user calls: parallelize, plan and check. Who reads `compile_rank` has seen the compiler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from autotp.axis import Axis
+from autotp.cost_model.cluster import Cluster, by_name
+from autotp.errors import AutotpError
+from autotp.grid import Grid, as_grid
+from autotp.layouts import Layout
+from autotp.module import Compiled, ParallelModule, compile_mode, make_parallel, new_state
+from autotp.passes.capture import capture
+from autotp.passes.codegen import emit
+from autotp.passes.factors import infer_factors
+from autotp.passes.network import read_network
+from autotp.passes.planning import fingerprint, search_plan
+from autotp.passes.verify import verify
+from autotp.plan import Plan
+from autotp.plan_file import from_json, refuse_other, to_json
+from autotp.ranks import (
+    device_of,
+    ensure_process_group,
+    from_rank_0,
+    make_mesh,
+    refuse_disagreement,
+)
+
+Pins = Mapping[str, Mapping[str, str]]
+
+
+def compile_rank(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    train: bool,
+    *,
+    grid: Grid,
+    axes: Mapping[str, Axis],
+    cluster: Cluster,
+    plan: Plan | None = None,
+    pins: Pins | None = None,
+    rest: Mapping[str, Layout] | None = None,
+    sharded_outputs: bool = False,
+) -> Compiled:
+    """Return the program of this rank: the six steps from a model to its collectives."""
+    program = capture(model, args, kwargs, train=train)
+    network = read_network(program)
+    factors = infer_factors(network, program.inputs)
+    if plan is None:
+        plan = _agreed(
+            lambda: search_plan(
+                program, network, factors, grid, cluster, pins, rest, sharded_outputs
+            ).plan
+        )
+    refuse_disagreement("models", str(fingerprint(program)))
+    refuse_other(plan, fingerprint(program), grid, train)
+    refuse_disagreement("plans", plan.hash)
+    module = emit(program, network, plan, grid.coords(dist.get_rank()), axes)
+    verify(module, network, factors, grid)
+    return Compiled(program, plan, module)
+
+
+def parallelize(
+    model: nn.Module,
+    grid: Any,
+    example_inputs: Any = None,
+    *,
+    cluster: Cluster | str | None = None,
+    plan: Plan | None = None,
+    pins: Pins | None = None,
+    outputs: str = "full",
+) -> nn.Module:
+    """Make `model` the program of this rank of `grid`, in place, and return it.
+
+    grid            a tuple such as (2, 2), a dict of named axes or a DeviceMesh; as many ranks as
+                    the process group has. Without a group, torchrun's environment starts one.
+    example_inputs  a tuple (args), a dict (kwargs) or both; None plans at the first call.
+    cluster         what prices the plan: a Cluster, its name, or this machine's default.
+    plan, pins      a plan to follow, or choices to fix by module-path pattern.
+    outputs         "full" returns what the original does, "sharded" DTensors.
+
+    Raises AutotpError: what is not supported is refused by name.
+    """
+    if outputs not in ("full", "sharded"):
+        raise AutotpError(f"outputs={outputs!r}", remedy='outputs="full" or outputs="sharded"')
+    shape = as_grid(grid)
+    device_type = device_of(list(model.parameters())).type
+    ensure_process_group(shape, device_type)
+    mesh = grid if isinstance(grid, DeviceMesh) else make_mesh(shape, device_type)
+    chosen = as_cluster(cluster, device_type)
+
+    def compile_one(
+        whole: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], train: bool
+    ) -> Compiled:
+        state = parallel._autotp
+        first = next(iter(state.modes.values()), None)
+        return compile_rank(
+            whole,
+            args,
+            kwargs,
+            train,
+            grid=shape,
+            axes=state.axes,
+            cluster=chosen,
+            plan=plan if plan is not None and plan.train == train else None,
+            pins=pins if first is None else None,
+            rest={n: r.layout for n, r in first.plan.params.items()} if first else None,
+            sharded_outputs=outputs == "sharded",
+        )
+
+    parallel = make_parallel(model, new_state(shape, compile_one, outputs, mesh))
+    if example_inputs is not None:
+        compile_mode(parallel, *split_inputs(example_inputs))
+    return parallel
+
+
+def plan(
+    model: nn.Module,
+    grid: Any,
+    example_inputs: Any,
+    *,
+    cluster: Cluster | str | None = None,
+    pins: Pins | None = None,
+    outputs: str = "full",
+) -> Plan:
+    """Return the plan of `model` on `grid`: no process group and no weights are needed."""
+    args, kwargs = split_inputs(example_inputs)
+    program = capture(model, args, kwargs, train=model.training)
+    network = read_network(program)
+    factors = infer_factors(network, program.inputs)
+    device_type = device_of(list(model.parameters())).type
+    return search_plan(
+        program,
+        network,
+        factors,
+        as_grid(grid),
+        as_cluster(cluster, device_type),
+        pins,
+        sharded_outputs=outputs == "sharded",
+    ).plan
+
+
+def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return (args, kwargs) of example inputs: a tuple, a dict, or (tuple, dict)."""
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, torch.Tensor):
+        return (example_inputs,), {}
+    items = tuple(example_inputs)
+    if len(items) == 2 and isinstance(items[0], tuple) and isinstance(items[1], Mapping):
+        return items[0], dict(items[1])
+    return items, {}
+
+
+def as_cluster(cluster: Cluster | str | None, device_type: str) -> Cluster:
+    """Return a cluster: as given, by name, or the default of the device."""
+    if isinstance(cluster, Cluster):
+        return cluster
+    return by_name(cluster or ("dgx_h100" if device_type == "cuda" else "gloo_loopback"))
+
+
+def _agreed(make: Callable[[], Plan]) -> Plan:
+    """Return rank 0's plan on every rank; an error of rank 0 is raised on all."""
+    found: Any = None
+    if dist.get_rank() == 0:
+        try:
+            found = to_json(make())
+        except AutotpError as error:
+            found = error
+    found = from_rank_0(found)
+    if isinstance(found, AutotpError):
+        raise found
+    return from_json(found)

@@ -1,0 +1,102 @@
+"""The command line: `autotp demo`, `autotp plan MODEL`, `autotp check MODEL`.
+
+Prints results on standard output and progress on standard error. Exit status: 0 when all is well,
+1 when the demo or a check finds a difference, 2 when autotp refuses what it was asked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+
+import torch
+
+import autotp
+from autotp import demo
+from autotp.cost_model.cluster import CLUSTERS, by_name
+from autotp.errors import AutotpError
+from autotp.progress import stage
+from autotp.zoo import ZOO, build
+
+GridArgument = tuple[int, ...] | dict[str, int]
+
+
+def parse_grid(text: str) -> GridArgument:
+    """Read a grid: sizes, or named axes.
+
+    >>> parse_grid("2x2"), parse_grid("dp=2,tp=4")
+    ((2, 2), {'dp': 2, 'tp': 4})
+    """
+    if re.fullmatch(r"\d+(x\d+)*", text):
+        return tuple(int(size) for size in text.split("x"))
+    if re.fullmatch(r"\w+=\d+(,\w+=\d+)*", text):
+        return {name: int(size) for name, size in (axis.split("=") for axis in text.split(","))}
+    raise argparse.ArgumentTypeError(f"{text!r} is not a grid such as 2x2 or dp=2,tp=4")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of all three commands."""
+    parser = argparse.ArgumentParser(prog="autotp", description=autotp.__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    shown = commands.add_parser("demo", help="train a byte-level GPT-2 on four local ranks")
+    shown.add_argument("--steps", type=int, default=demo.STEPS)
+    shown.set_defaults(run=run_demo)
+    plan = commands.add_parser("plan", help="show the plan of a model, without its weights")
+    plan.add_argument("--cluster", choices=sorted(CLUSTERS), help="the machine to plan for")
+    plan.add_argument("--save", metavar="FILE", help="write the plan as JSON")
+    _add_model(plan, batch=8, seq=1024)
+    plan.set_defaults(run=run_plan)
+    check = commands.add_parser("check", help="compare every rank's program with the model")
+    _add_model(check, batch=4, seq=16)
+    check.set_defaults(run=run_check)
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser, *, batch: int, seq: int) -> None:
+    parser.add_argument("model", choices=sorted(ZOO))
+    parser.add_argument("--grid", type=parse_grid, required=True, help="such as 2x2 or dp=2,tp=4")
+    parser.add_argument("--batch", type=int, default=batch)
+    parser.add_argument("--seq", type=int, default=seq)
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    """Train, compare, and tell by the exit status whether every claim held."""
+    return 0 if demo.run(args.steps) else 1
+
+
+def run_plan(args: argparse.Namespace) -> int:
+    """Plan a model of full size on the meta device."""
+    with stage(f"build {args.model}"):
+        model, inputs = build(args.model, batch=args.batch, seq=args.seq)
+    cluster = by_name(args.cluster) if args.cluster else None
+    plan = autotp.plan(model, args.grid, inputs, cluster=cluster)
+    print(plan)
+    if args.save:
+        plan.save(args.save)
+    return 0
+
+
+def run_check(args: argparse.Namespace) -> int:
+    """Run every rank of a small variant with random weights."""
+    torch.manual_seed(0)
+    model, inputs = build(args.model, small=True, batch=args.batch, seq=args.seq, device="cpu")
+    report = autotp.check(model, args.grid, inputs)
+    print(report)
+    return 0 if report.ok else 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    args = make_parser().parse_args(arguments)
+    try:
+        status: int = args.run(args)
+    except AutotpError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""The grid: named axes of ranks, numbered row-major. Knows no process group."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from autotp.errors import GridError
+
+Coords = tuple[int, ...]
+"""A rank's index on every axis of its grid."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Name the axes of a mesh of ranks and their sizes.
+
+    >>> grid = Grid(("row", "col"), (2, 3))
+    >>> grid.world_size, grid.coords(4), grid.rank((1, 1))
+    (6, (1, 1), 4)
+    """
+
+    names: tuple[str, ...]
+    sizes: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        bad = [s for s in self.sizes if not isinstance(s, int) or isinstance(s, bool) or s < 1]
+        if not self.sizes or bad or len(self.names) != len(self.sizes):
+            raise GridError(
+                f"grid {self.sizes} is not a grid of ranks",
+                at=[("grid", f"sizes {self.sizes} for axes {self.names}")],
+                remedy="give one integer of at least 1 per axis, such as grid=(2, 2)",
+            )
+        if len(set(self.names)) != len(self.names):
+            raise GridError(
+                f"grid axes {self.names} repeat a name", remedy="name each axis once"
+            )
+
+    @property
+    def world_size(self) -> int:
+        return math.prod(self.sizes)
+
+    def coords(self, rank: int) -> Coords:
+        """Return the index of `rank` on every axis; the last axis is the fastest."""
+        out = []
+        for size in reversed(self.sizes):
+            rank, index = divmod(rank, size)
+            out.append(index)
+        return tuple(reversed(out))
+
+    def rank(self, coords: Coords) -> int:
+        """Return the rank that stands at `coords`."""
+        number = 0
+        for size, index in zip(self.sizes, coords, strict=True):
+            number = number * size + index
+        return number
+
+    def all_coords(self) -> list[Coords]:
+        return [self.coords(r) for r in range(self.world_size)]
+
+    def axis(self, name: str) -> int:
+        """Return the position of the axis called `name`."""
+        return self.names.index(name)
+
+    def __str__(self) -> str:
+        return "x".join(str(s) for s in self.sizes)
+
+
+DEFAULT_NAMES = {1: ("col",), 2: ("row", "col")}
+
+
+def as_grid(grid: Grid | int | tuple[int, ...] | Mapping[str, int] | Any) -> Grid:
+    """Return `grid` as a Grid: from a tuple, a dict of named axes, or a DeviceMesh."""
+    if isinstance(grid, Grid):
+        return grid
+    if isinstance(grid, int):
+        return Grid(("col",), (grid,))
+    if isinstance(grid, Mapping):
+        return Grid(tuple(grid), tuple(grid.values()))
+    if hasattr(grid, "mesh_dim_names"):  # a torch DeviceMesh
+        sizes = tuple(grid.shape)
+        return Grid(tuple(grid.mesh_dim_names or default_names(len(sizes))), sizes)
+    sizes = tuple(grid)
+    return Grid(default_names(len(sizes)), sizes)
+
+
+def default_names(axes: int) -> tuple[str, ...]:
+    """Name `axes` axes: two are row and col, other counts are numbered."""
+    return DEFAULT_NAMES.get(axes) or tuple(f"axis{i}" for i in range(axes))

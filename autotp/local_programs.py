@@ -1,0 +1,402 @@
+"""Local programs: ops that no sentence can split, as small distributed programs of one rank.
+
+Each is differentiable, takes the op's own arguments, and one keyword tuple of axes per factor that
+is split (outermost first) with the factor's whole size. Operands with the factor are shards.
+
+    vocab_embedding     v split: foreign rows are zero, the result is a partial sum
+    cross_entropy       t or v split: the loss is partial over t, the same on all ranks of v
+    layer_norm, rms_norm, softmax, log_softmax    the normalised dim split: so is the result
+    dropout, sdpa_dropout    any dim split: masks differ where the tensor does
+
+Statistics are taken in float32 at least and are complete on every rank of the split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from autotp.axis import Axis
+from autotp.errors import LayoutError
+from autotp.layouts import Range, chunk
+from autotp.randomness import RandomState, default_generator_seeded, keep_mask, site_seed
+
+Axes = tuple[Axis, ...]
+
+
+def _my_range(size: int, axes: Axes) -> Range:
+    """Return the range of a dim of `size` that this rank holds."""
+    low, high = 0, size
+    for axis in axes:
+        a, b = chunk(high - low, axis.size, axis.index)
+        low, high = low + a, low + b
+    return low, high
+
+
+def _total(x: Tensor, axes: Axes, op: str = "sum") -> Tensor:
+    """Return the sum (or max) of `x` over all ranks of `axes`; not differentiable."""
+    for axis in axes:
+        x = axis.all_reduce(x, op) if axis.size > 1 else x
+    return x
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Return `x` in the precision that statistics are taken in."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _owned(indices: Tensor, mine: Range, size: int) -> Tensor:
+    """Say which `indices` into a dim of `size` lie in the range `mine`.
+
+    Raises RuntimeError, on the device, for an index that no rank owns.
+    """
+    known = ((indices >= 0) & (indices < size)).all()
+    torch._assert_async(known, f"an index lies outside a split dim of size {size}")
+    return (indices >= mine[0]) & (indices < mine[1])
+
+
+def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
+    out: Tensor = function.apply(*args)  # type: ignore[no-untyped-call]
+    return out
+
+
+# Embedding -------------------------------------------------------------------------------------
+
+
+def vocab_embedding(
+    weight: Tensor,
+    indices: Tensor,
+    padding_idx: int = -1,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+    *,
+    split_v: Axes,
+    size_v: int,
+) -> Tensor:
+    """Look up `"v d, ... -> ... d"` with v split: partial over `split_v`."""
+    low, high = _my_range(size_v, split_v)
+    mine = _owned(indices, (low, high), size_v)
+    padding = padding_idx - low if low <= padding_idx < high else -1
+    foreign = 0
+    if scale_grad_by_freq:  # a row of its own, or foreign tokens would count as row 0's
+        weight, foreign = F.pad(weight, (0, 0, 0, 1)), high - low
+    local = torch.where(mine, indices - low, foreign)
+    rows = torch.embedding(weight, local, padding, scale_grad_by_freq, sparse)
+    return rows.masked_fill(~mine.unsqueeze(-1), 0)
+
+
+# Cross-entropy ---------------------------------------------------------------------------------
+
+_NONE, _MEAN = 0, 1  # ATen's numbers for the reductions; 2 is the sum
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    reduction: int = _MEAN,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    *,
+    split_t: Axes = (),
+    split_v: Axes = (),
+    size_v: int | None = None,
+    size_t: int | None = None,
+) -> Tensor:
+    """Return the loss of `logits` `"t v"` against class numbers `"t"`, class weights being `"v"`.
+
+    Over `split_t` a mean or sum is partial (the mean divides by the valid weight of all ranks) and
+    "none" a shard; over `split_v` the loss is invariant. `size_t` is accepted as every whole size
+    is, and not needed.
+
+    Raises LayoutError for logits with further dims and for class probabilities as target.
+    """
+    if logits.ndim != 2 or target.ndim != 1 or target.is_floating_point():
+        fact = f"logits {list(logits.shape)}, target {target.dtype} {list(target.shape)}"
+        raise LayoutError(
+            "only cross-entropy of [tokens, classes] against class numbers can be split",
+            at=[("cross_entropy", fact)],
+            remedy="flatten the logits to two dims, or pin the loss to run whole",
+        )
+    weight = None if weight is None else weight.detach()
+    valid = target != ignore_index
+    options = (size_v or logits.shape[1], label_smoothing, split_v)
+    if split_v:
+        rows, row_weight = _split_rows(logits, target, valid, weight, *options)
+    else:
+        rows, row_weight = _whole_rows(logits, target, weight, ignore_index, label_smoothing)
+    if reduction != _MEAN:
+        return rows if reduction == _NONE else rows.sum()
+    return (_wide(rows).sum() / _total(row_weight.sum(), split_t)).to(rows.dtype)
+
+
+def _whole_rows(
+    logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """Return each row's loss and the weight it has in a mean, the classes whole."""
+    loss = torch.ops.aten.cross_entropy_loss
+    rows = loss(logits, target, weight, _NONE, ignore_index, smoothing)
+    valid = target != ignore_index
+    target_weight = 1 if weight is None else _wide(weight)[torch.where(valid, target, 0)]
+    return rows, valid * target_weight
+
+
+def _split_rows(
+    logits: Tensor,
+    target: Tensor,
+    valid: Tensor,
+    weight: Tensor | None,
+    classes: int,
+    smoothing: float,
+    axes: Axes,
+) -> tuple[Tensor, Tensor]:
+    """Return each row's loss and the weight it has in a mean, the classes split over `axes`."""
+    low, high = _my_range(classes, axes)
+    mine = _owned(torch.where(valid, target, 0), (low, high), classes) & valid
+    at = torch.where(mine, target - low, 0)
+    args = (logits, at, mine, valid, weight, classes, smoothing, axes)
+    rows, row_weight = _RowLosses.apply(*args)  # type: ignore[no-untyped-call]
+    return rows, valid if weight is None else row_weight
+
+
+class _RowLosses(torch.autograd.Function):
+    """The loss of each row, and the weight of its target class, with the classes split.
+
+    With w the class weights, W their sum, s the smoothing and C classes, a valid row of target t
+    loses (1-s) w_t (lse - x_t) + s/C (W lse - sum_c w_c x_c). Its gradient in x_c is
+    (1-s) w_t (p_c - [c = t]) + s/C (W p_c - w_c).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        at: Tensor,
+        mine: Tensor,
+        valid: Tensor,
+        weight: Tensor | None,
+        classes: int,
+        smoothing: float,
+        axes: Axes,
+    ) -> tuple[Tensor, Tensor]:
+        x = _wide(logits)
+        w = None if weight is None else weight.to(x.dtype)
+        top = _total(x.amax(1), axes, "max")
+        sums = [(x - top.unsqueeze(1)).exp_().sum(1)]
+        sums.append(x.gather(1, at.unsqueeze(1)).squeeze(1).masked_fill(~mine, 0))
+        if w is not None:
+            sums.append(w[at].masked_fill(~mine, 0))
+        if smoothing:
+            sums.append(x.sum(1) if w is None else x @ w)
+            sums.append(x.new_full((len(x),), x.shape[1]) if w is None else w.sum().expand(len(x)))
+        sums = list(_total(torch.stack(sums), axes))
+        lse = sums[0].log() + top
+        row_weight = valid.to(x.dtype) if w is None else sums[2]
+        rows = (1 - smoothing) * row_weight * (lse - sums[1])
+        all_weight = sums[-1][0] if smoothing else lse.new_zeros(())
+        if smoothing:
+            rows += (smoothing / classes) * (lse * all_weight - sums[-2])
+        rows = rows.masked_fill(~valid, 0).to(logits.dtype)
+        ctx.save_for_backward(logits, at, mine, valid, weight, lse, row_weight, all_weight)
+        ctx.smoothing, ctx.uniform = smoothing, smoothing / classes
+        ctx.mark_non_differentiable(row_weight)
+        return rows, row_weight
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        logits, at, mine, valid, weight, lse, row_weight, all_weight = ctx.saved_tensors
+        grad = (_wide(grad) * valid).unsqueeze(1)
+        hit = (1 - ctx.smoothing) * row_weight.unsqueeze(1)
+        out = (_wide(logits) - lse.unsqueeze(1)).exp_()
+        out.mul_(hit + ctx.uniform * all_weight)
+        if ctx.uniform:
+            out.sub_(ctx.uniform * (1.0 if weight is None else weight.to(out.dtype)))
+        out.scatter_add_(1, at.unsqueeze(1), (-hit).masked_fill(~mine.unsqueeze(1), 0))
+        return (out.mul_(grad).to(logits.dtype), *(None,) * 7)
+
+
+# Norms -----------------------------------------------------------------------------------------
+
+
+def layer_norm(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+    *,
+    split_d: Axes,
+    size_d: int,
+) -> Tensor:
+    """Normalise `"... d"` with its last dim split; of `normalized_shape` only the length counts."""
+    where = (len(normalized_shape), size_d, eps, True, split_d)
+    return _apply(_Norm, x, weight, bias, *where)
+
+
+def rms_norm(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    split_d: Axes,
+    size_d: int,
+) -> Tensor:
+    """Divide `"... d"` by its root mean square with its last dim split."""
+    eps = torch.finfo(_wide(x).dtype).eps if eps is None else eps
+    where = (len(normalized_shape), size_d, eps, False, split_d)
+    return _apply(_Norm, x, weight, None, *where)
+
+
+class _Norm(torch.autograd.Function):
+    """xhat = (x - mean) / sqrt(var + eps), and y = xhat w + b; without the mean it is rms_norm.
+
+    With h = g w over n elements, dx = (h - sum(h)/n - xhat sum(h xhat)/n) / sqrt(var + eps).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        ndim: int,
+        size: int,
+        eps: float,
+        centered: bool,
+        axes: Axes,
+    ) -> Tensor:
+        dims = tuple(range(x.ndim - ndim, x.ndim))
+        count = size * x.shape[dims[0] : -1].numel()
+        wide, mean = _wide(x), None
+        if centered:
+            mean = _total(wide.sum(dims, keepdim=True), axes) / count
+            wide = wide - mean
+        scale = (_total(wide.square().sum(dims, keepdim=True), axes) / count + eps).rsqrt()
+        ctx.save_for_backward(x, weight, mean, scale)
+        ctx.dims, ctx.count, ctx.axes = dims, count, axes
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        out = wide * scale
+        out = out if weight is None else out * weight
+        out = out if bias is None else out + bias
+        return out.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, scale = ctx.saved_tensors
+        dims, count = ctx.dims, ctx.count
+        xhat = (_wide(x) if mean is None else _wide(x) - mean) * scale
+        grad = _wide(grad)
+        h = grad if weight is None else grad * weight
+        sums = [(h * xhat).sum(dims, keepdim=True)]
+        sums += [] if mean is None else [h.sum(dims, keepdim=True)]
+        along, *flat = _total(torch.stack(sums), ctx.axes) / count
+        dx = h - xhat * along
+        dx = (dx if not flat else dx - flat[0]) * scale
+        lead = tuple(range(dims[0]))
+        dw = _sum_over(grad * xhat, lead).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        db = _sum_over(grad, lead).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
+        return (dx.to(x.dtype), dw, db, *(None,) * 5)
+
+
+def _sum_over(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    return x.sum(dims) if dims else x  # torch takes no dims for all dims
+
+
+# Softmax ---------------------------------------------------------------------------------------
+
+
+def softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None, *, split_d: Axes) -> Tensor:
+    """Return the softmax over `dim`, which is split, and so is the result."""
+    x = x if dtype is None else x.to(dtype)
+    return _apply(_Softmax, x, dim, False, split_d)
+
+
+def log_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None, *, split_d: Axes) -> Tensor:
+    """Return the logarithm of the softmax over `dim`, which is split, and so is the result."""
+    x = x if dtype is None else x.to(dtype)
+    return _apply(_Softmax, x, dim, True, split_d)
+
+
+class _Softmax(torch.autograd.Function):
+    """y = exp(x - lse), with dx = y (g - sum(g y)); its logarithm, with dx = g - y sum(g)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, log: bool, axes: Axes) -> Tensor:
+        wide = _wide(x)
+        centered = wide - _total(wide.amax(dim, keepdim=True), axes, "max")
+        exp = centered.exp()
+        total = _total(exp.sum(dim, keepdim=True), axes)
+        out = (centered - total.log() if log else exp / total).to(x.dtype)
+        ctx.save_for_backward(out)
+        ctx.dim, ctx.log, ctx.axes = dim, log, axes
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (out,) = ctx.saved_tensors
+        y, g = _wide(out), _wide(grad)
+        y = y.exp() if ctx.log else y
+        total = _total((g if ctx.log else g * y).sum(ctx.dim, keepdim=True), ctx.axes)
+        dx = g - y * total if ctx.log else y * (g - total)
+        return dx.to(out.dtype), None, None, None
+
+
+# Random ops ------------------------------------------------------------------------------------
+
+
+def dropout(
+    x: Tensor, p: float, train: bool, *, rng: RandomState, split: Axes = (), site: int
+) -> Tensor:
+    """Zero elements with probability `p` and scale the rest, alike on the replicas of `x`."""
+    if not train or p == 0:
+        return x
+    if p == 1:
+        return x * 0
+    return _apply(_Masked, x, keep_mask(x, p, rng, site, split), 1 / (1 - p))
+
+
+class _Masked(torch.autograd.Function):
+    """x * mask * scale, which saves one byte per element."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(mask)
+        ctx.scale = scale
+        return x * mask * scale
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (mask,) = ctx.saved_tensors
+        return grad * mask * ctx.scale, None, None
+
+
+def sdpa_dropout(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    rng: RandomState,
+    split: Axes = (),
+    site: int,
+) -> Tensor:
+    """Return scaled dot product attention, its dropout alike on the replicas of `query`."""
+    seed = site_seed(rng.step_seed, site, [axis.index for axis in split])
+    with default_generator_seeded(seed, query.device):
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )

@@ -1,0 +1,191 @@
+"""The plan: a strategy for every op, a resting layout for every parameter, and the moves between.
+
+A Plan is data: the search makes it, the schedule and the code generation follow it, the reports
+print it. It is keyed by module path, compares and hashes by value, and knows no fx and no pass.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+
+from autotp.errors import PlanError
+from autotp.grid import Grid
+from autotp.layouts import Layout, Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What was decided for one op.
+
+    name      its module path
+    choices   per axis: a factor, I or R (whole) or P (partial passed through)
+    split     per axis: the rule's factors that the axis splits, none if whole
+    operands  the layout in which each operand is read, `results` in which each result is made
+    reads     the values it reads, `makes` those that it makes, by graph name
+    shapes    the whole shapes of its results; `dims` their dims by name; `dtype` of the first
+    """
+
+    name: str
+    op: str
+    choices: tuple[str, ...]
+    split: tuple[tuple[str, ...], ...]
+    operands: tuple[Layout, ...]
+    results: tuple[Layout, ...]
+    reads: tuple[str, ...]
+    makes: tuple[str, ...]
+    shapes: tuple[Shape, ...]
+    dims: tuple[tuple[str, ...], ...]
+    dtype: str
+    seconds: float
+    memory_bytes: int
+    axes: tuple[str, ...]
+    where: str = ""
+
+    @property
+    def factors(self) -> dict[str, str]:
+        """Return the factor that each axis splits."""
+        return {
+            axis: choice
+            for axis, choice, split in zip(self.axes, self.choices, self.split, strict=True)
+            if split
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedMove:
+    """One change of a value's type on one axis.
+
+    size_bytes   the whole buffer of the collective, on the largest rank
+    sent         bytes sent per rank, by collective, forward and backward together
+    """
+
+    value: str
+    of: str
+    axis: str
+    before: Layout
+    after: Layout
+    forward: str
+    backward: str
+    size_bytes: int
+    seconds: float
+    sent: tuple[tuple[str, Fraction], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Resting:
+    """How a parameter rests: its layout, whole shape and dtype, and the bytes it takes here."""
+
+    layout: Layout
+    shape: Shape
+    dtype: str
+    local_bytes: int
+    trained: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Peak bytes of one rank."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.optimizer + self.activations
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A complete plan; see the fields' types.
+
+    model      what the plan belongs to: inputs, parameters and their shapes
+    internal   bytes that local programs send themselves: (op name, axis, collective, bytes)
+    outputs    the layout in which each output is returned before it is handed to the user
+    """
+
+    grid: Grid
+    cluster: str
+    train: bool
+    model: Mapping[str, str]
+    decisions: tuple[Decision, ...]
+    params: Mapping[str, Resting]
+    copies: Mapping[str, Layout]
+    outputs: tuple[Layout | None, ...]
+    moves: tuple[PlannedMove, ...]
+    internal: tuple[tuple[str, str, str, Fraction], ...]
+    memory: Memory
+    step_time_s: float
+    lower_bound_s: float
+    search_s: float = field(compare=False)
+    method: str = ""
+    unruled: tuple[tuple[str, int], ...] = ()
+    alternatives: object = field(default=None, compare=False, repr=False)
+
+    def __getitem__(self, name: str) -> Decision:
+        """Return the decision of the op called `name`. Raises PlanError with the nearest names."""
+        for decision in self.decisions:
+            if decision.name == name:
+                return decision
+        near = difflib.get_close_matches(name, [d.name for d in self.decisions], n=3, cutoff=0.3)
+        raise PlanError(f"the plan has no op {name!r}", remedy=f"nearest names: {', '.join(near)}")
+
+    def __iter__(self) -> Iterator[Decision]:
+        return iter(self.decisions)
+
+    def collectives(self) -> list[str]:
+        """Return the collectives of the forward program, in order."""
+        sends = {"all_gather", "all_reduce", "all_to_all", "reduce_scatter"}
+        return [m.forward for m in self.moves if m.forward in sends]
+
+    def sent(self) -> dict[tuple[str, str], Fraction]:
+        """Return the bytes that a rank sends in one step, by collective and axis."""
+        out: dict[tuple[str, str], Fraction] = {}
+        for move in self.moves:
+            for kind, size in move.sent:
+                out[kind, move.axis] = out.get((kind, move.axis), Fraction(0)) + size
+        for _name, axis, kind, size in self.internal:
+            out[kind, axis] = out.get((kind, axis), Fraction(0)) + size
+        return out
+
+    @property
+    def comm_bytes(self) -> Fraction:
+        """Bytes that a rank sends in one step, forward and backward, exactly."""
+        return sum(self.sent().values(), Fraction(0))
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.memory.total
+
+    @property
+    def gap(self) -> float:
+        """How far the plan may be from the best, as a share of its own time."""
+        return 1 - self.lower_bound_s / self.step_time_s if self.step_time_s else 0.0
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan to a file as versioned JSON."""
+        from autotp.plan_file import save
+
+        save(self, path)
+
+    @staticmethod
+    def load(path: str | Path) -> Plan:
+        """Read a plan from a file. Raises PlanError when it is damaged or of another version."""
+        from autotp.plan_file import load
+
+        return load(path)
+
+    @property
+    def hash(self) -> str:
+        """A digest of all decisions, equal on all ranks that run the same plan."""
+        from autotp.plan_file import to_json
+
+        text = json.dumps(to_json(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]

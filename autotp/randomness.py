@@ -1,0 +1,117 @@
+"""Randomness: masks equal where a tensor is replicated, different where it is split.
+
+A module draws one seed per forward; every random site of its graph derives its own from that seed,
+from the site's number and from this rank's index on the axes that split the tensor. Replicas share
+all three. Nothing else is drawn, so a recomputed forward under torch.utils.checkpoint, which
+restores torch's default generator, draws the same seed and the same masks.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from autotp.axis import Axis
+
+_MASK_64 = 2**64 - 1
+_SEED_BITS = 63
+_DEFAULT_GENERATOR = threading.Lock()  # simulated ranks are threads and share torch's generator
+
+
+@dataclass(slots=True)
+class RandomState:
+    """The seed of the forward that runs: the module writes it, the sites of its graph read it."""
+
+    step_seed: int = 0
+
+
+def draw_step_seed() -> int:
+    """Draw the seed of one forward from torch's default generator, which torch.manual_seed sets."""
+    return int(torch.randint(2**_SEED_BITS - 1, ()).item())
+
+
+def agreed_step_seed(axes: Iterable[Axis]) -> int:
+    """Draw the seed of one forward and take the first rank's, however the others are seeded."""
+    seed = torch.tensor(draw_step_seed())
+    for axis in axes:
+        if axis.size > 1:
+            seed = axis.all_reduce(seed if axis.index == 0 else torch.zeros_like(seed))
+    return int(seed.item())
+
+
+def site_seed(step_seed: int, site: int, coords: Sequence[int]) -> int:
+    """Return the seed of one random site on the ranks whose splitting axes stand at `coords`.
+
+    Source: Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators"
+    (SplitMix64, with the constants of Vigna's reference code), chained over the integers.
+    """
+    state = step_seed & _MASK_64
+    for number in (site, len(coords), *coords):
+        state = _mix((state ^ _mix(number + 1)) & _MASK_64)
+    return state >> (64 - _SEED_BITS)
+
+
+def _mix(number: int) -> int:
+    z = (number * 0x9E3779B97F4A7C15) & _MASK_64
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK_64
+    return z ^ (z >> 31)
+
+
+@contextmanager
+def default_generator_seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Run with torch's default generator of `device` at `seed`, and put its state back after."""
+    generator = _default_generator(device)
+    with _DEFAULT_GENERATOR:
+        state = generator.get_state()
+        try:
+            generator.manual_seed(seed)
+            yield
+        finally:
+            generator.set_state(state)
+
+
+def _default_generator(device: torch.device) -> torch.Generator:
+    if device.type == "cpu":
+        return torch.default_generator
+    module = torch.get_device_module(device)
+    index = module.current_device() if device.index is None else device.index
+    generator: torch.Generator = module.default_generators[index]
+    return generator
+
+
+# An op of its own, so that torch.compile sees one node and never specialises on the seed.
+torch.library.define(
+    "autotp::keep_mask",
+    "(Tensor like, float p, SymInt step_seed, int site, int[] coords) -> Tensor",
+)
+
+
+@torch.library.impl("autotp::keep_mask", "CompositeExplicitAutograd")
+def _keep_mask(like: Tensor, p: float, step_seed: int, site: int, coords: Sequence[int]) -> Tensor:
+    generator = torch.Generator(like.device).manual_seed(site_seed(step_seed, site, coords))
+    kept = torch.empty(like.shape, dtype=torch.bool, device=like.device)
+    return kept.bernoulli_(1.0 - p, generator=generator)
+
+
+def _keep_mask_shape(
+    like: Tensor, p: float, step_seed: int, site: int, coords: Sequence[int]
+) -> Tensor:
+    return torch.empty(like.shape, dtype=torch.bool, device=like.device)
+
+
+torch.library.register_fake("autotp::keep_mask", _keep_mask_shape)
+
+
+def keep_mask(
+    like: Tensor, p: float, rng: RandomState, site: int, split: tuple[Axis, ...]
+) -> Tensor:
+    """Return a bool mask of the shape of `like`, true with probability 1 - p."""
+    coords = [axis.index for axis in split]
+    out: Tensor = torch.ops.autotp.keep_mask(like.detach(), p, rng.step_seed, site, coords)
+    return out

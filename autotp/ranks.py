@@ -1,0 +1,73 @@
+"""The process group: start it where torchrun asks for one, and check that all ranks agree."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from autotp.errors import GridError, RuntimeStateError
+from autotp.grid import Grid
+
+
+def ensure_process_group(grid: Grid, device_type: str) -> None:
+    """Initialise gloo (CPU) or nccl (GPU) from torchrun's environment, unless a group exists.
+
+    Raises RuntimeStateError, with the command to run, when the process is one of none; GridError
+    when the grid does not have as many ranks as the group.
+    """
+    if not dist.is_initialized():
+        if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+            dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+        elif grid.world_size == 1:
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        else:
+            raise RuntimeStateError(
+                f"grid {grid} needs {grid.world_size} ranks and this process was started alone",
+                remedy=f"torchrun --nproc-per-node={grid.world_size} your_script.py",
+            )
+    world = dist.get_world_size()
+    if world != grid.world_size:
+        raise GridError(
+            f"grid {grid} has {grid.world_size} ranks, the process group {world}",
+            remedy=f"a grid of {world}: {legal_grids(world)}, or "
+            f"torchrun --nproc-per-node={grid.world_size}",
+        )
+
+
+def legal_grids(world: int) -> str:
+    """Write the two-dimensional grids of `world` ranks."""
+    return ", ".join(f"({a}, {world // a})" for a in range(1, world + 1) if world % a == 0)
+
+
+def make_mesh(grid: Grid, device_type: str) -> DeviceMesh:
+    """Return the device mesh of a grid; every rank calls it."""
+    return init_device_mesh(device_type, grid.sizes, mesh_dim_names=grid.names)
+
+
+def from_rank_0(value: Any) -> Any:
+    """Return rank 0's `value` on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def refuse_disagreement(what: str, value: str) -> None:
+    """Raise RuntimeStateError if `value` differs between ranks, naming them."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    if len(set(values)) > 1:
+        raise RuntimeStateError(
+            f"the ranks have different {what}",
+            at=[(f"rank {rank}", str(v)) for rank, v in enumerate(values)],
+            remedy="give every rank the same model, inputs and versions",
+        )
+
+
+def device_of(parameters: list[torch.Tensor]) -> torch.device:
+    """Return the device on which parameters are; those on meta will be on the CPU."""
+    kinds = [p.device for p in parameters if not p.is_meta]
+    return kinds[0] if kinds else torch.device("cpu")

@@ -1,0 +1,393 @@
+"""Capture a model as one functional graph: torch.export on the unmodified model, then normalise.
+
+    capture(model, args, kwargs, train=...) -> Program
+
+Shapes are static. The model is left as it was: training flags, configuration and gradients.
+What the graph could not keep in silence is refused by name (custom autograd functions, no_grad
+within autocast, writes to inputs or parameters) or warned about (gradient checkpointing).
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from autotp.passes.export import (
+    distinct_tensors,
+    export,
+    training_flag,
+    warn_of_checkpointing,
+    without_cache,
+)
+from autotp.passes.normalise import (
+    carriers,
+    functionalise,
+    is_mutable,
+    like,
+    open_regions,
+    spell,
+    user_line,
+    value_of,
+)
+from autotp.passes.program import InputGuards, OutputSpec, Program, name_leaves, type_of
+from torch import Tensor, fx, nn
+from torch._ops import HigherOrderOperator, OpOverload
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.export.graph_signature import OutputSpec as GraphOutput
+from torch.utils import _pytree as pytree
+
+from autotp.errors import CaptureError
+
+aten = torch.ops.aten
+
+PRODUCTS = {
+    "addmm", "baddbmm", "bmm", "conv1d", "conv2d", "conv3d", "convolution", "embedding",
+    "embedding_bag", "layer_norm", "linear", "matmul", "mm",
+}  # fmt: skip
+"""Ops that give a module its bare name though other ops of it read parameters as well."""
+PASS_THROUGH = {
+    aten.detach.default, aten.expand.default, aten.reshape.default, aten.t.default,
+    aten.to.dtype, aten.transpose.int,
+}  # fmt: skip
+"""Ops through which a parameter still counts as read directly."""
+
+
+def capture(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, train: bool
+) -> Program:
+    """Return `model` called with `args` and `kwargs` as a Program.
+
+    Where the model's training flag is not `train`, `model.train(train)` is called for the capture
+    and every flag restored after it, so that modules frozen by hand stay frozen.
+    A Hugging Face model's `config.use_cache` is off meanwhile: caches are no plain outputs.
+
+    Raises: CaptureError, with the line of the model that cannot be captured.
+    """
+    warn_of_checkpointing(model, train)
+    args, kwargs = distinct_tensors(tuple(args), dict(kwargs))
+    with training_flag(model, train), without_cache(model) as cache_off:
+        exported = export(model, args, kwargs)
+    seeds = gradient_seeds(exported, model, args, kwargs)
+    open_regions(exported.graph_module, seeds)
+    exported = functionalise(exported)
+    signature = inspect.signature(model.forward)
+    defaults = {p.name: p.default for p in signature.parameters.values()}
+    defaults |= {"use_cache": False} if cache_off else {}
+    return assemble(exported, model, (signature, defaults, args, kwargs), seeds, train)
+
+
+# ---- from the exported program to the Program
+
+
+def gradient_seeds(
+    exported: ExportedProgram, model: nn.Module, args: Any, kwargs: Any
+) -> frozenset[str]:
+    """Return the placeholders that require gradient: parameters, and inputs that ask for it."""
+    params = dict(model.named_parameters(remove_duplicate=False))
+    owners = exported.graph_signature.inputs_to_parameters
+    seeds = {name for name, fqn in owners.items() if params[fqn].requires_grad}
+    leaves = call_order(exported, args, kwargs)
+    asked = {n for n, leaf in leaves.items() if isinstance(leaf, Tensor) and leaf.requires_grad}
+    return frozenset(seeds | asked)
+
+
+def call_order(exported: ExportedProgram, args: Any, kwargs: Any) -> dict[str, Any]:
+    """Return placeholder -> leaf of the call, in the order of the graph's inputs."""
+    specs = exported.graph_signature.input_specs
+    names = [str(s.arg.name) for s in specs if s.kind is InputKind.USER_INPUT]
+    (_, order), given = call_spec(exported), kwargs
+    leaves = pytree.tree_leaves((args, {key: given[key] for key in order}))
+    return dict(zip(names, leaves, strict=True))
+
+
+def call_spec(exported: ExportedProgram) -> tuple[Any, dict[str, Any]]:
+    """Return the (args, kwargs) of the export with the numbers of its leaves for leaves."""
+    spec = exported.call_spec.in_spec
+    assert spec is not None
+    call: tuple[Any, dict[str, Any]] = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+    return call
+
+
+Call = tuple[inspect.Signature, dict[str, Any], Any, Any]
+
+
+def assemble(
+    exported: ExportedProgram, model: nn.Module, call: Call, seeds: frozenset[str], train: bool
+) -> Program:
+    """Return the Program of a functional `exported`."""
+    graph = exported.graph
+    refuse_writes(exported)
+    inputs = call_order(exported, call[2], call[3])
+    constants = constants_of(exported, model)
+    params, tied = owned(exported, list(model.named_parameters(remove_duplicate=False)), "params")
+    buffers, _ = owned(exported, list(model.named_buffers(remove_duplicate=False)), "buffers")
+    spell(graph, carriers(graph, seeds))
+    outputs, mutations, out_spec = split_outputs(exported, graph)
+    protect_buffers(graph, buffers, mutations, seeds)
+    refuse_leftovers(graph)
+    order_placeholders(graph, [*params, *buffers], list(constants), list(inputs))
+    graph.lint()
+    tensors = {n: leaf for n, leaf in inputs.items() if isinstance(leaf, Tensor)}
+    nodes = {node.name for node in graph.nodes}
+    constants = {name: value for name, value in constants.items() if name in nodes}
+    return Program(
+        graph_module=fx.GraphModule(nn.Module(), graph),
+        params=params,
+        tied=tied,
+        buffers=buffers,
+        constants=constants,
+        inputs=tuple(tensors),
+        outputs=outputs,
+        mutations=mutations,
+        input_guards=guards(exported, call),
+        out_spec=out_spec,
+        requires_grad=frozenset(node.name for node in carriers(graph, seeds)),
+        names=plan_names(graph, params | buffers),
+        where={n.name: at for n in graph.nodes if (at := user_line(n))},
+        train=train,
+    )
+
+
+def guards(exported: ExportedProgram, call: Call) -> InputGuards:
+    """Return the guards of a call, their leaves in the order of the graph's inputs."""
+    signature, defaults, args, kwargs = call
+    values = name_leaves(signature, args, kwargs)
+    places = name_leaves(signature, *call_spec(exported))
+    leaves = {name: type_of(values[name]) for name in sorted(places, key=places.__getitem__)}
+    return InputGuards(signature, leaves, defaults)
+
+
+def constants_of(exported: ExportedProgram, model: nn.Module) -> dict[str, Tensor]:
+    """Return placeholder -> lifted constant.
+
+    Raises: CaptureError for what is no tensor, and for a parameter that is not registered.
+    """
+    found = {n: exported.constants[t] for n, t in constant_targets(exported).items()}
+    hidden = unregistered(model)
+    bad = [
+        (hidden.get(address(value), name), type(value).__name__)
+        for name, value in found.items()
+        if not isinstance(value, Tensor) or address(value) in hidden
+    ]
+    if bad:
+        raise CaptureError(
+            "the model reads parameters or objects that are not registered",
+            at=bad,
+            remedy="make them nn.Parameter or buffer attributes, in a ParameterList if many",
+        )
+    return found
+
+
+def constant_targets(exported: ExportedProgram) -> dict[str, str]:
+    """Return placeholder -> key among the constants of `exported`."""
+    kinds = (InputKind.CONSTANT_TENSOR, InputKind.CUSTOM_OBJ, InputKind.TOKEN)
+    specs = exported.graph_signature.input_specs
+    return {str(s.arg.name): s.target or "" for s in specs if s.kind in kinds}
+
+
+def address(value: object) -> int:
+    """Return where the memory of a tensor begins; 0 where there is none."""
+    return value.untyped_storage().data_ptr() if isinstance(value, Tensor) else 0
+
+
+def unregistered(model: nn.Module) -> dict[int, str]:
+    """Return address -> place of the leaves with gradient that hide in containers of modules."""
+    known = {address(p) for p in model.parameters()} | {0}
+    return {
+        address(leaf): f"{path}.{name}".lstrip(".")
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, list | tuple | dict) and not name.startswith("_")
+        for leaf in pytree.tree_leaves(value)
+        if isinstance(leaf, Tensor) and leaf.requires_grad and address(leaf) not in known
+    }
+
+
+def owned(
+    exported: ExportedProgram, tensors: list[tuple[str, Tensor]], kind: str
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Merge the placeholders of tied tensors; return placeholder -> name, and tied -> name."""
+    signature = exported.graph_signature
+    owners = signature.inputs_to_parameters if kind == "params" else signature.inputs_to_buffers
+    holders = {fqn: name for name, fqn in owners.items()}
+    nodes = {node.name: node for node in exported.graph.find_nodes(op="placeholder")}
+    first: dict[int, str] = {}
+    canonical = {fqn: first.setdefault(id(tensor), fqn) for fqn, tensor in tensors}
+    tied = {fqn: name for fqn, name in canonical.items() if fqn != name}
+    for fqn, name in tied.items():
+        if fqn in holders:
+            nodes[holders[fqn]].replace_all_uses_with(nodes[holders[name]])
+            exported.graph.erase_node(nodes[holders[fqn]])
+    return {holders[fqn]: fqn for fqn in first.values() if fqn in holders}, tied
+
+
+def refuse_writes(exported: ExportedProgram) -> None:
+    """Refuse a forward that changes its inputs or parameters."""
+    kinds = (OutputKind.USER_INPUT_MUTATION, OutputKind.PARAMETER_MUTATION)
+    bad = [s for s in exported.graph_signature.output_specs if s.kind in kinds]
+    if bad:
+        raise CaptureError(
+            "the forward writes in place to inputs or parameters",
+            at=[(str(s.target), s.kind.name.lower().replace("_", " ")) for s in bad],
+            remedy="work on a copy: x = x.clone()",
+        )
+
+
+def split_outputs(
+    exported: ExportedProgram, graph: fx.Graph
+) -> tuple[tuple[str, ...], dict[str, str], OutputSpec]:
+    """Rewrite the graph's output as user tensors, then buffers' new values; say what is which."""
+    (output,) = graph.find_nodes(op="output")
+    results: Any = output.args[0]
+    pairs = list(zip(exported.graph_signature.output_specs, results, strict=True))
+    user = [value for spec, value in pairs if spec.kind is OutputKind.USER_OUTPUT]
+    tensors = [value for value in user if isinstance(value, fx.Node)]
+    constants = {i: value for i, value in enumerate(user) if not isinstance(value, fx.Node)}
+    mutations: dict[str, str] = {}
+    written = []
+    for spec, value in pairs:
+        if spec.kind is OutputKind.BUFFER_MUTATION and not is_unchanged(exported, spec, value):
+            value = own_node(graph, output, value, taken=mutations)
+            mutations[value.name] = str(spec.target)
+            written.append(value)
+    output.args = ((*tensors, *written),)
+    assert exported.call_spec.out_spec is not None
+    out_spec = OutputSpec(exported.call_spec.out_spec, constants)
+    return tuple(node.name for node in tensors), mutations, out_spec
+
+
+def is_unchanged(exported: ExportedProgram, spec: GraphOutput, value: fx.Node) -> bool:
+    """Say whether the new value of a buffer is its old one."""
+    return bool(exported.graph_signature.inputs_to_buffers.get(value.name) == spec.target)
+
+
+def own_node(graph: fx.Graph, output: fx.Node, value: fx.Node, taken: Mapping[str, str]) -> fx.Node:
+    """Return a node that only one buffer's new value has."""
+    if value.name not in taken and value.op != "placeholder":
+        return value
+    with graph.inserting_before(output):
+        return like(graph, aten.clone.default, (value,), value)
+
+
+def protect_buffers(
+    graph: fx.Graph, buffers: dict[str, str], mutations: dict[str, str], seeds: frozenset[str]
+) -> None:
+    """Let ops with a gradient read a copy of a buffer whose write-back would spoil backward."""
+    found = carriers(graph, seeds)
+    for node in graph.find_nodes(op="placeholder"):
+        if buffers.get(node.name) not in mutations.values() or found.isdisjoint(node.users):
+            continue
+        first = min(node.users)
+        with graph.inserting_before(first):
+            copy = like(graph, aten.clone.default, (node,), first)
+        copy.meta["val"] = value_of(node)
+        node.replace_all_uses_with(copy, delete_user_cb=lambda user, copy=copy: user is not copy)
+
+
+def refuse_leftovers(graph: fx.Graph) -> None:
+    """Refuse what is neither a tensor op nor functional."""
+    problems = [
+        (user_line(node) or node.name, what)
+        for node in graph.nodes
+        if (what := leftover(node)) is not None
+    ]
+    if problems:
+        raise CaptureError(
+            "the model computes what a plan cannot hold",
+            at=problems,
+            remedy="make Python independent of tensors' values; avoid torch.cond and .item()",
+        )
+
+
+def leftover(node: fx.Node) -> str | None:
+    """Say why a plan cannot hold `node`, if it cannot."""
+    if node.op in ("get_attr", "call_module", "call_method"):
+        return f"{node.op} {node.target}"
+    if isinstance(node.target, HigherOrderOperator):
+        return f"{node.target}, a control-flow region"
+    if isinstance(value_of(node), torch.SymInt | torch.SymFloat | torch.SymBool):
+        return f"{node.target}: a Python number that depends on a tensor's values"
+    assert not is_mutable(node), node
+    return None
+
+
+def order_placeholders(
+    graph: fx.Graph, owners: Sequence[str], constants: Sequence[str], inputs: Sequence[str]
+) -> None:
+    """Put placeholders in the order of a Program; erase unread constants and non-tensor inputs."""
+    nodes = {node.name: node for node in graph.find_nodes(op="placeholder")}
+    unread = [name for name in constants if not nodes[name].users]
+    for name in unread + [n for n in inputs if not isinstance(value_of(nodes[n]), Tensor)]:
+        graph.erase_node(nodes.pop(name))
+    ordered = [nodes[n] for n in (*owners, *constants, *inputs) if n in nodes]
+    assert len(ordered) == len(nodes), sorted(set(nodes) - {n.name for n in ordered})
+    for node in reversed(ordered):
+        next(iter(graph.nodes)).prepend(node)
+
+
+# ---- names
+
+
+def plan_names(graph: fx.Graph, owners: dict[str, str]) -> dict[str, str]:
+    """Return fx node -> plan name: owners' names, then module paths, then path and op.
+
+    In each module the one node that reads its parameters has the module's path for its name.
+    """
+    bare = bare_nodes(graph, owners)
+    names: dict[str, str] = {}
+    taken: set[str] = set()
+    nodes = sorted(graph.nodes, key=lambda node: (node.op != "placeholder", node not in bare))
+    for node in nodes:
+        path = module_path(node)
+        if node.op == "placeholder":
+            wish = owners.get(node.name, node.name)
+        else:
+            wish = path if node in bare and path else f"{path}.{op_name(node)}".lstrip(".")
+        names[node.name] = next(n for n in numbered(wish) if n not in taken)
+        taken.add(names[node.name])
+    return {node.name: names[node.name] for node in graph.nodes}
+
+
+def numbered(name: str) -> Iterator[str]:
+    """Yield `name`, then `name_1`, `name_2`, and so on."""
+    yield name
+    number = 0
+    while True:
+        number += 1
+        yield f"{name}_{number}"
+
+
+def module_path(node: fx.Node) -> str:
+    """Return the dotted path of the module that made `node`; the root's is empty."""
+    stack = node.meta.get("nn_module_stack")
+    path: str = list(stack.values())[-1][0] if stack else ""
+    return re.sub(r"@\d+", "", path)
+
+
+def op_name(node: fx.Node) -> str:
+    """Return the short name of the op of `node`."""
+    target = node.target
+    if isinstance(target, OpOverload):
+        return target._schema.name.split("::")[-1].strip("_")
+    return getattr(target, "__name__", str(target))
+
+
+def bare_nodes(graph: fx.Graph, owners: dict[str, str]) -> set[fx.Node]:
+    """Return the nodes that take their module's path for a name."""
+    weights: set[fx.Node] = set()
+    readers: dict[str, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            weights |= {node} if node.name.startswith("p_") and node.name in owners else set()
+        elif not weights.isdisjoint(node.all_input_nodes):
+            if node.target in PASS_THROUGH:
+                weights.add(node)
+            elif node.op == "call_function":
+                readers.setdefault(module_path(node), []).append(node)
+    products = {p: [n for n in nodes if op_name(n) in PRODUCTS] for p, nodes in readers.items()}
+    chosen = {path: nodes if len(nodes) == 1 else products[path] for path, nodes in readers.items()}
+    return {nodes[0] for nodes in chosen.values() if len(nodes) == 1}

@@ -1,0 +1,256 @@
+"""The sharding theory, written once: how one mesh axis may meet one op.
+
+On one axis an op may split one factor `f` (operands with `f` are S, operands without it R, results
+without it P); run whole on I operands; run whole on R operands; or pass P through where it is
+linear. `axis_choices` lists these for one op and one axis size; `strategies_of` combines them over
+the axes of a grid. Values without gradient are I where others would be R.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from autotp.grid import Grid
+from autotp.layouts import AxisType, I, Layout, P, R, Shard, is_valid, shard
+from autotp.passes.factors import Factors, Way
+from autotp.passes.network import Op, Value
+from autotp.passes.rules.sentence import Dim, Signature
+
+
+@dataclass(frozen=True, slots=True)
+class AxisChoice:
+    """One way in which one axis meets one op: its name, and a type per operand and result.
+
+    name    the factor that is split, or I, R (whole) or P0, P1, P (partial passed through)
+    split   the factors that are split: one, or the blocks of a row together; none if whole
+    unit    what the number of ranks that split it must divide, or 0 if uneven chunks are fine
+    """
+
+    name: str
+    operands: tuple[AxisType, ...]
+    results: tuple[AxisType, ...]
+    split: tuple[str, ...] = ()
+    unit: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Strategy:
+    """One choice per axis of the grid, with the layouts that follow."""
+
+    choices: tuple[AxisChoice, ...]
+    operands: tuple[Layout, ...]
+    results: tuple[Layout, ...]
+
+    def split_axes(self, factor: str) -> tuple[int, ...]:
+        """Return the axes that split `factor`, outermost first."""
+        return tuple(a for a, c in enumerate(self.choices) if factor in c.split)
+
+
+@dataclass(frozen=True, slots=True)
+class Typing:
+    """Which operands and results of an op carry gradient."""
+
+    operands: tuple[bool, ...]
+    results: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, operands: Sequence[Value], results: Sequence[Value]) -> Typing:
+        return cls(tuple(v.grad for v in operands), tuple(v.grad for v in results))
+
+
+def strategies_of(op: Op, typing: Typing, factors: Factors, grid: Grid) -> list[Strategy]:
+    """Return every legal strategy of `op` on `grid`, in a fixed order."""
+    choices = axis_choices(op, typing, factors)
+    alone = [c for c in choices if c.name == "I"]
+    per_axis = [choices if size > 1 else alone for size in grid.sizes]
+    found = (_combine(combo) for combo in itertools.product(*per_axis))
+    return [s for s in found if _is_legal(s, op, grid)]
+
+
+def _combine(combo: tuple[AxisChoice, ...]) -> Strategy:
+    return Strategy(
+        choices=combo,
+        operands=tuple(zip(*(c.operands for c in combo), strict=True)) if combo[0].operands else (),
+        results=tuple(zip(*(c.results for c in combo), strict=True)),
+    )
+
+
+def _is_legal(strategy: Strategy, op: Op, grid: Grid) -> bool:
+    """Check that blocks divide, and that every operand and result can have its layout."""
+    for axis, choice in enumerate(strategy.choices):
+        if choice.unit:
+            sharing = [a for a, c in enumerate(strategy.choices) if c.split == choice.split]
+            if choice.unit % math.prod(grid.sizes[a] for a in sharing):
+                return False
+        if choice.split and not _program_can(strategy, op, axis):
+            return False
+    tensors = [t for t in op.call.operands if t]
+    return all(
+        is_valid(t.shape, layout, grid)
+        for t, layout in zip(
+            [*tensors, *op.call.results], [*strategy.operands, *strategy.results], strict=True
+        )
+    )
+
+
+def _program_can(strategy: Strategy, op: Op, axis: int) -> bool:
+    """A program's own factor may be split by several axes, but only in plain chunks."""
+    own = set(strategy.choices[axis].split) & set(op.rule.split)
+    if not own:
+        return True
+    return all(not (isinstance(t, Shard) and t.parts) for t in strategy.choices[axis].operands)
+
+
+def axis_choices(op: Op, typing: Typing, factors: Factors) -> list[AxisChoice]:
+    """Return how one axis may meet `op`: whole on I, whole on R, partial through, each split."""
+    whole_i = AxisChoice("I", (I,) * len(typing.operands), (I,) * len(typing.results))
+    found = [whole_i]
+    if any(typing.operands):
+        found.append(_typed("R", R, R, typing))
+    found += _partial_choices(op, typing)
+    found += _split_choices(op, typing, factors)
+    return found
+
+
+def _typed(name: str, operand: AxisType, result: AxisType, typing: Typing) -> AxisChoice:
+    return AxisChoice(
+        name,
+        tuple(operand if g else _no_grad(operand) for g in typing.operands),
+        tuple(result if g else _no_grad(result) for g in typing.results),
+    )
+
+
+def _no_grad(t: AxisType) -> AxisType:
+    """Without a gradient R and I are one type: I."""
+    return I if t is R else t
+
+
+def _partial_choices(op: Op, typing: Typing) -> Iterator[AxisChoice]:
+    linear = op.rule.linear_in(op.call)
+    count = len(typing.operands)
+    base = [R if g else I for g in typing.operands]
+    if linear == "each":
+        for k in range(count):
+            if k in op.signature.added:
+                continue
+            types = [P if i == k or i in op.signature.added else base[i] for i in range(count)]
+            yield AxisChoice(f"P{k}", tuple(types), (P,) * len(typing.results))
+    elif linear:
+        together = range(count) if linear == "all" else linear
+        types = [P if i in together else base[i] for i in range(count)]
+        yield AxisChoice("P", tuple(types), (P,) * len(typing.results))
+
+
+def _split_choices(op: Op, typing: Typing, factors: Factors) -> Iterator[AxisChoice]:
+    sig = op.signature
+    rows = sig.blocks()
+    in_rows = {f for row in rows for f in row}
+    for factor in sig.factors():
+        if factor in sig.whole or factor in in_rows:
+            continue
+        ways = factors.ways(op.name, factor)
+        for way in ways:
+            choice = _split(op, typing, {factor: way}, _way_name(factor, way, ways, factors))
+            if choice:
+                yield choice
+    for row in rows:
+        yield from _row_choices(op, typing, row, factors)
+
+
+def _way_name(factor: str, way: Way, ways: Sequence[Way], factors: Factors) -> str:
+    """Name a way after its factor, or `factor.atom` where there are several."""
+    plain = factor if factor.isalpha() else factors.name(way.atom)
+    return plain if len(ways) == 1 else f"{plain}.{factors.name(way.atom)}"
+
+
+def _row_choices(
+    op: Op, typing: Typing, row: tuple[str, ...], factors: Factors
+) -> Iterator[AxisChoice]:
+    """Split all blocks of a row by an atom that they share, or each by its own chunks."""
+    ways = [{w.atom: w for w in factors.ways(op.name, f)} for f in row]
+    shared = [a for a in ways[0] if all(a in w for w in ways)]
+    for atom in shared:
+        each = {f: w[atom] for f, w in zip(row, ways, strict=True)}
+        choice = _split(op, typing, each, factors.name(atom))
+        if choice:
+            yield choice
+    if not shared:
+        sizes = op.signature.sizes
+        each = {f: Way(-1, (sizes[f],), sizes[f], False) for f in row}
+        choice = _split(op, typing, each, "|".join(row))
+        if choice:
+            yield choice
+
+
+def _split(op: Op, typing: Typing, ways: dict[str, Way], name: str) -> AxisChoice | None:
+    sig = op.signature
+    operands = [_split_type(dims, ways, sig) for dims in sig.operands]
+    results = [_split_type(dims, ways, sig) for dims in sig.results]
+    if any(t is P for t in (*operands, *results)):
+        return None  # the factor stands twice in one tensor
+    inside_row = len(ways) > 1
+    plain = not inside_row and all(w.is_atom for w in ways.values())
+    summed = all(sig.summed(f) for f in ways)
+    missing = P
+    for factor in ways:
+        if summed and factor in op.rule.split:
+            missing = {"P": P, "I": I}[op.rule.split[factor]]
+    if summed and factor_is_nonlinear(op, sig, ways):
+        return None
+    return AxisChoice(
+        name=name,
+        operands=tuple(
+            t or (P if summed and i in sig.added else R if g else I)
+            for i, (t, g) in enumerate(zip(operands, typing.operands, strict=True))
+        ),
+        results=tuple(t or missing for t in results),
+        split=tuple(ways),
+        unit=0 if plain and _stands_alone(ways, sig) else min(w.unit_count for w in ways.values()),
+    )
+
+
+def factor_is_nonlinear(op: Op, sig: Signature, ways: dict[str, Way]) -> bool:
+    """A program's factor with a natural result cannot be summed away."""
+    return any(op.rule.split.get(f) == "S" for f in ways) and all(sig.summed(f) for f in ways)
+
+
+def _split_type(dims: Sequence[Dim], ways: dict[str, Way], sig: Signature) -> AxisType | None:
+    """Return the shard of the dim that holds the factors, None if none does, P if two do."""
+    found = [
+        shard(d, parts) for d, dim in enumerate(dims) if (parts := _dim_parts(dim, ways, sig))
+    ]
+    return P if len(found) > 1 else found[0] if found else None
+
+
+def _dim_parts(dim: Dim, ways: dict[str, Way], sig: Signature) -> tuple[int, ...]:
+    parts: tuple[int, ...] = ()
+    held = [any(f in ways for f in product) for product in dim]
+    if not any(held):
+        return ()
+    for product in dim:
+        parts += _product_parts(product, ways, sig)
+    return parts
+
+
+def _product_parts(product: Sequence[str], ways: dict[str, Way], sig: Signature) -> tuple[int, ...]:
+    prefix = 1
+    for k, f in enumerate(product):
+        if f in ways:
+            suffix = math.prod(sig.sizes[g] for g in product[k + 1 :])
+            return tuple(p * suffix for p in ways[f].parts) * prefix
+        prefix *= sig.sizes[f]
+    return (math.prod(sig.sizes[f] for f in product),)
+
+
+def _stands_alone(ways: dict[str, Way], sig: Signature) -> bool:
+    """Say whether the factor is a dim of its own wherever it stands: then chunks may be uneven."""
+    return all(
+        len(product) == 1 and len(dim) == 1
+        for dims in (*sig.operands, *sig.results)
+        for dim in dims
+        for product in dim
+        if any(f in ways for f in product)
+    )

@@ -1,0 +1,379 @@
+"""The distributed program: local ops and named collectives, written as one fx graph per rank.
+
+In: a Program, its Network, a Plan, this rank's coordinates and its axes. Out: an fx.GraphModule that
+takes the original's placeholders (parameters as local tensors) and returns its flat outputs. Every
+size argument is rewritten to its local value; every moved value is moved once; nodes keep the stack
+trace of the user's line and carry their layout in `meta["layout"]`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from autotp import collectives
+from autotp.axis import Axis
+from autotp.grid import Coords, Grid
+from autotp.layouts import (
+    AxisType,
+    I,
+    Layout,
+    P,
+    R,
+    Shard,
+    dim_parts,
+    is_even,
+    kind,
+    local_shape,
+    local_size,
+)
+from autotp.passes.network import Network, Op, is_getitem, output_args, tensor_slots, value_name
+from autotp.passes.program import Program
+from autotp.passes.rules import Call, Tensor
+from autotp.plan import Decision, Plan, PlannedMove
+from autotp.randomness import RandomState
+
+aten = torch.ops.aten
+Key = tuple[str, Layout]
+
+
+@dataclass(slots=True)
+class _Emitter:
+    program: Program
+    network: Network
+    plan: Plan
+    coords: Coords
+    graph: fx.Graph = field(default_factory=fx.Graph)
+    nodes: dict[Key, fx.Node] = field(default_factory=dict)
+    attributes: dict[str, fx.Node] = field(default_factory=dict)
+    moves: dict[str, list[PlannedMove]] = field(default_factory=dict)
+    hubs: Mapping[str, Layout] = field(default_factory=dict)
+    made: dict[str, Layout] = field(default_factory=dict)
+    sites: int = 0
+
+    @property
+    def grid(self) -> Grid:
+        return self.plan.grid
+
+    @property
+    def whole(self) -> Layout:
+        return (I,) * len(self.grid.sizes)
+
+
+def emit(
+    program: Program, network: Network, plan: Plan, coords: Coords, axes: Mapping[str, Axis]
+) -> fx.GraphModule:
+    """Return the program of the rank at `coords` under `plan`."""
+    e = _Emitter(program, network, plan, coords, hubs=plan.copies)
+    for move in plan.moves:
+        e.moves.setdefault(move.value, []).append(move)
+    ops = {op.name: (op, d) for op, d in zip(network.ops, plan.decisions, strict=True)}
+    for node in program.graph_module.graph.nodes:
+        if node.op == "placeholder":
+            _emit_placeholder(e, node)
+        elif node.name in ops:
+            _emit_op(e, node, *ops[node.name])
+        elif node.op == "call_function" and not _stands_for_result(node, ops):
+            _emit_whole(e, node)
+    _emit_output(e)
+    rng = RandomState()
+    root = {name: rng if name == "rng" else axes[name] for name in e.attributes}
+    module = fx.GraphModule(root, e.graph, class_name=f"Rank{plan.grid.rank(coords)}")
+    module.meta["rng"] = rng if "rng" in root else None
+    return module
+
+
+def _stands_for_result(node: fx.Node, ops: Mapping[str, object]) -> bool:
+    return is_getitem(node) and node.args[0].name in ops  # type: ignore[union-attr]
+
+
+def _emit_placeholder(e: _Emitter, node: fx.Node) -> None:
+    fqn = e.program.params.get(node.name)
+    layout = e.plan.params[fqn].layout if fqn else e.whole
+    made = e.graph.placeholder(node.name)
+    _note(e, node.name, layout, made, node)
+
+
+def _emit_whole(e: _Emitter, node: fx.Node) -> None:
+    """Copy an op that depends on no parameter: its operands are whole on every rank."""
+    made = e.graph.node_copy(node, lambda n: e.nodes[value_name(n), e.whole])
+    if is_getitem(node):
+        _note(e, value_name(node), e.whole, made, node)
+        return
+    _note(e, node.name, e.whole, made, node)
+
+
+def _note(e: _Emitter, value: str, layout: Layout, made: fx.Node, origin: fx.Node) -> None:
+    e.nodes[value, layout] = made
+    e.made[value] = layout
+    made.meta["layout"] = layout
+    made.meta["value"] = value
+    for key in ("stack_trace", "nn_module_stack"):
+        if key in origin.meta:
+            made.meta[key] = origin.meta[key]
+
+
+def _attribute(e: _Emitter, name: str) -> fx.Node:
+    """Return the node that reads an axis, or the random state, placed before all ops."""
+    if name not in e.attributes:
+        last = [n for n in e.graph.nodes if n.op in ("placeholder", "get_attr")][-1]
+        with e.graph.inserting_after(last):
+            e.attributes[name] = e.graph.create_node("get_attr", name, name=name)
+    return e.attributes[name]
+
+
+# Ops -----------------------------------------------------------------------------------------------
+
+
+def _emit_op(e: _Emitter, node: fx.Node, op: Op, decision: Decision) -> None:
+    operands = [
+        fetch(e, v, layout) for v, layout in zip(op.operands, decision.operands, strict=True)
+    ]
+    args, kwargs = substitute(node, operands)
+    whole = replace(op.call, args=args, kwargs=kwargs)
+    local = _localized(e, whole, decision)
+    if op.rule.localize:
+        args = op.rule.localize(whole, local)
+    target, extra = _target(e, op, decision)
+    made = e.graph.create_node(
+        "call_function", target, args, {**kwargs, **extra}, name=_node_name(decision.name)
+    )
+    made = _averaged(e, op, decision, made)
+    made.meta["op"], made.meta["decision"] = op, decision
+    made.meta["operands"] = tuple(operands)
+    if len(op.results) == 1 and op.results[0] == op.name:
+        _note(e, op.name, decision.results[0], made, node)
+        return
+    made.meta["results"] = decision.results
+    for value, layout in zip(op.results, decision.results, strict=True):
+        k = int(value.rpartition(".")[2])
+        _note(e, value, layout, e.graph.call_function(operator.getitem, (made, k)), node)
+
+
+def _node_name(name: str) -> str:
+    return name.replace(".", "_") or "root"
+
+
+def _localized(e: _Emitter, call: Call, decision: Decision) -> Call:
+    """Return the call with the shapes that this rank holds."""
+    operands, layouts = [], iter(decision.operands)
+    for t in call.operands:
+        operands.append(t and _local_tensor(e, t, next(layouts)))
+    results = [
+        _local_tensor(e, t, c) for t, c in zip(call.results, decision.results, strict=True)
+    ]
+    return replace(call, operands=tuple(operands), results=tuple(results))
+
+
+def _local_tensor(e: _Emitter, t: Tensor, layout: Layout) -> Tensor:
+    return Tensor(local_shape(t.shape, layout, e.grid, e.coords), t.dtype)
+
+
+def substitute(node: fx.Node, operands: Sequence[fx.Node]) -> tuple[Any, dict[str, Any]]:
+    """Return a node's arguments with its tensors replaced, one by one in the schema's order."""
+    rest = iter(operands)
+
+    def change(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [change(v) for v in value]
+        return next(rest) if isinstance(value, fx.Node) else value
+
+    names = [a.name for a in getattr(getattr(node.target, "_schema", None), "arguments", ())]
+    args = tuple(change(a) for a in node.args)
+    order = sorted(node.kwargs, key=lambda k: names.index(k) if k in names else len(names))
+    kwargs = {k: change(node.kwargs[k]) for k in order}
+    return args, {k: kwargs[k] for k in node.kwargs}
+
+
+def _target(e: _Emitter, op: Op, decision: Decision) -> tuple[Any, dict[str, Any]]:
+    """Return the function that runs locally and the arguments that it takes beside the op's own."""
+    if op.rule.random and op.rule.random(op.call):
+        e.sites += 1
+        split = tuple(
+            _attribute(e, axis)
+            for axis, factors in zip(e.grid.names, decision.split, strict=True)
+            if factors
+        )
+        return op.rule.program, {"rng": _attribute(e, "rng"), "split": split, "site": e.sites}
+    extra: dict[str, Any] = {}
+    for factor in op.rule.split:
+        axes = _splitting(e, decision, factor)
+        if axes:
+            extra[f"split_{factor}"] = tuple(_attribute(e, a) for a in axes)
+            extra[f"size_{factor}"] = op.signature.sizes[factor]
+    return (op.rule.program, extra) if extra else (op.call.op, {})
+
+
+def _splitting(e: _Emitter, decision: Decision, factor: str) -> list[str]:
+    return [a for a, split in zip(e.grid.names, decision.split, strict=True) if factor in split]
+
+
+def _averaged(e: _Emitter, op: Op, decision: Decision, made: fx.Node) -> fx.Node:
+    """Scale a local mean by this rank's share of what is averaged."""
+    if not (op.rule.average and op.rule.average(op.call)):
+        return made
+    share = 1.0
+    for factor in op.signature.factors():
+        if op.signature.summed(factor) and _splitting(e, decision, factor):
+            share *= _local_factor(e, op, decision, factor) / op.signature.sizes[factor]
+    if share == 1.0:
+        return made
+    return e.graph.call_function(aten.mul.Tensor, (made, share))
+
+
+def _local_factor(e: _Emitter, op: Op, decision: Decision, factor: str) -> int:
+    for dims, layout, t in zip(
+        op.signature.operands, decision.operands, [t for t in op.call.operands if t], strict=True
+    ):
+        for d, dim in enumerate(dims):
+            if any(factor in product for product in dim):
+                here = local_size(t.shape[d], layout, d, e.grid, e.coords)
+                return here * op.signature.sizes[factor] // t.shape[d]
+    raise AssertionError(factor)
+
+
+# Moves ---------------------------------------------------------------------------------------------
+
+
+def fetch(e: _Emitter, value: str, layout: Layout) -> fx.Node:
+    """Return the node that holds `value` in `layout`, moving it there once."""
+    if (value, layout) not in e.nodes:
+        if value in e.hubs and layout != e.hubs[value]:
+            fetch(e, value, e.hubs[value])
+        for move in _route(e, value, layout):
+            if (value, move.after) not in e.nodes:
+                source = e.nodes[value, move.before]
+                made = _emit_move(e, move, source)
+                made.meta.update(layout=move.after, value=value, move=move)
+                e.nodes[value, move.after] = made
+    return e.nodes[value, layout]
+
+
+def _route(e: _Emitter, value: str, layout: Layout) -> list[PlannedMove]:
+    """Return the planned moves that lead from a layout that is there to `layout`."""
+    back = {m.after: m for m in reversed(e.moves.get(value, []))}
+    route: list[PlannedMove] = []
+    at = layout
+    while (value, at) not in e.nodes:
+        assert at in back, (value, layout)
+        route.append(back[at])
+        at = back[at].before
+    return route[::-1]
+
+
+def _emit_move(e: _Emitter, move: PlannedMove, source: fx.Node) -> fx.Node:
+    axis = e.grid.axis(move.axis)
+    before, after = move.before[axis], move.after[axis]
+    shape = e.network.values[move.value].shape
+    args = _move_args(e, move, axis, shape)
+    name = f"{_node_name(_value_label(e, move.value))}_{_label(before)}_to_{_label(after)}"
+    target = TARGETS[kind(before), kind(after)]
+    kwargs = {k: v for k, v in args.items() if v not in ((), None)}
+    return e.graph.create_node(
+        "call_function", target, (source, _attribute(e, move.axis)), kwargs, name=name
+    )
+
+
+def _label(t: AxisType) -> str:
+    return f"S{t.dim}" if isinstance(t, Shard) else str(t)
+
+
+def _value_label(e: _Emitter, value: str) -> str:
+    node, _, k = value.partition(".")
+    return e.program.params.get(node, e.program.names.get(node, node)) + (f"_{k}" if k else "")
+
+
+TARGETS: dict[tuple[str, str], Any] = {
+    ("I", "R"): collectives.invariant_to_replicate,
+    ("R", "I"): collectives.replicate_to_invariant,
+    ("P", "I"): collectives.all_reduce,
+    ("P", "R"): collectives.all_reduce,
+    ("P", "S"): collectives.reduce_scatter,
+    ("S", "R"): collectives.all_gather,
+    ("S", "I"): collectives.all_gather,
+    ("I", "S"): collectives.slice_to_shard,
+    ("R", "S"): collectives.slice_to_shard,
+    ("I", "P"): collectives.keep_one,
+    ("R", "P"): collectives.keep_one,
+    ("S", "P"): collectives.pad_to_partial,
+    ("S", "S"): collectives.all_to_all,
+}
+"""The function that makes each move of `autotp.layouts.MOVES`."""
+
+
+def _move_args(e: _Emitter, move: PlannedMove, axis: int, shape: Sequence[int]) -> dict[str, Any]:
+    before, after = move.before[axis], move.after[axis]
+    match kind(before), kind(after):
+        case ("S", "S"):
+            return _exchange_args(e, move, axis, shape)
+        case ("S", to):
+            assert isinstance(before, Shard)
+            parts, size = _gathered(e, move.before, axis, before.dim, shape)
+            tail = {} if to == "P" else {"to": to}
+            return {"dim": before.dim, "parts": parts, "size": size, **tail}
+        case (source, "S"):
+            assert isinstance(after, Shard)
+            parts, _size = _gathered(e, move.after, axis, after.dim, shape)
+            tail = {} if source == "P" else {"source": source}
+            return {"dim": after.dim, "parts": parts, **tail}
+        case (source, "P"):
+            return {"source": source}
+        case ("P", to):
+            return {"to": to}
+    return {}
+
+
+def _exchange_args(
+    e: _Emitter, move: PlannedMove, axis: int, shape: Sequence[int]
+) -> dict[str, Any]:
+    before, after = move.before[axis], move.after[axis]
+    assert isinstance(before, Shard) and isinstance(after, Shard)
+    concat_parts, concat_size = _gathered(e, move.before, axis, before.dim, shape)
+    split_parts, _ = _gathered(e, move.after, axis, after.dim, shape)
+    return {
+        "split_dim": after.dim,
+        "concat_dim": before.dim,
+        "split_parts": split_parts,
+        "concat_parts": concat_parts,
+        "concat_size": concat_size,
+    }
+
+
+def _gathered(
+    e: _Emitter, layout: Layout, axis: int, dim: int, shape: Sequence[int]
+) -> tuple[tuple[int, ...], int | None]:
+    """Return the blocks of `dim`, and its length if uneven, as they are without `axis`'s split."""
+    without = tuple(I if a == axis else t for a, t in enumerate(layout))
+    parts = dim_parts(shape[dim], layout, dim)
+    size = local_size(shape[dim], without, dim, e.grid, e.coords)
+    if len(parts) > 1:
+        return tuple(p * size // shape[dim] for p in parts), None
+    return (), None if is_even(shape, layout, e.grid) else size
+
+
+# Outputs -------------------------------------------------------------------------------------------
+
+
+def _emit_output(e: _Emitter) -> None:
+    out: list[Any] = []
+    for argument, layout in zip(output_args(e.program), e.plan.outputs, strict=True):
+        if not isinstance(argument, fx.Node) or layout is None:
+            out.append(argument)
+            continue
+        out.append(fetch(e, value_name(argument), layout))
+    e.graph.output(tuple(out))
+
+
+def program_nodes(module: fx.GraphModule) -> Iterator[fx.Node]:
+    """Yield the nodes of an emitted program that compute or move something."""
+    for node in module.graph.nodes:
+        if node.op == "call_function" and node.target is not operator.getitem:
+            yield node
+
+
+__all__ = ["TARGETS", "emit", "program_nodes", "substitute", "tensor_slots", "P", "R"]

@@ -1,0 +1,198 @@
+"""Run torch.export on an unmodified model and leave the model as it was.
+
+`export` refuses by name what torch.export would drop in silence: the backward of custom autograd
+functions, and no_grad within autocast. Its failures are one line with the user's own file and line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+from unittest import mock
+
+import torch
+from autotp.passes.normalise import pick_line
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from autotp.errors import CaptureError
+
+# ---- before the export
+
+
+def warn_of_checkpointing(model: nn.Module, train: bool) -> None:
+    """Warn that torch.export drops gradient checkpointing, with the modules that ask for it."""
+    at = [n or "the model" for n, m in model.named_modules() if asks_for_checkpointing(m)]
+    if at and train:
+        warnings.warn(
+            f"gradient checkpointing is not captured: {', '.join(at[:4])}"
+            f"{', ...' if len(at) > 4 else ''} will keep every activation",
+            stacklevel=3,
+        )
+
+
+def asks_for_checkpointing(module: nn.Module) -> bool:
+    """Say whether gradient checkpointing is on in `module`."""
+    return getattr(module, "gradient_checkpointing", False) is True
+
+
+def distinct_tensors(args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Give each leaf its own tensor: torch.export makes one input of two that are one tensor."""
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    leaves = [
+        leaf.detach().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
+        for leaf in leaves
+    ]
+    fresh: tuple[Any, Any] = pytree.tree_unflatten(leaves, spec)
+    return fresh
+
+
+@contextlib.contextmanager
+def training_flag(model: nn.Module, train: bool) -> Iterator[None]:
+    """Put `model` into the mode `train`; restore every submodule's flag on leaving."""
+    flags = [(module, module.training) for module in model.modules()]
+    if model.training != train:
+        model.train(train)
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+@contextlib.contextmanager
+def without_cache(model: nn.Module) -> Iterator[bool]:
+    """Turn `config.use_cache` off in all modules; yield whether any had it on."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    changed = [c for c in configs.values() if getattr(c, "use_cache", False) is True]
+    for config in changed:
+        config.use_cache = False
+    try:
+        yield bool(changed)
+    finally:
+        for config in changed:
+            config.use_cache = True
+
+
+# ---- the export
+
+
+def export(model: nn.Module, args: Any, kwargs: Any) -> ExportedProgram:
+    """Run torch.export under autograd, outside of any autocast of the caller.
+
+    Raises: CaptureError.
+    """
+    try:
+        with contextlib.ExitStack() as stack:
+            for device in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(without_fast_path())
+            stack.enter_context(
+                mock.patch.object(torch.autograd.Function, "apply", classmethod(refuse_function))
+            )
+            stack.enter_context(watched_regions())
+            return torch.export.export(model, args, kwargs, strict=False)
+    except CaptureError:
+        raise
+    except Exception as error:
+        raise failure(error) from error
+
+
+@contextlib.contextmanager
+def without_fast_path() -> Iterator[None]:
+    """Keep nn.TransformerEncoder in plain ops: its fused inference path has no gradient."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def refuse_function(function: type[Any], *args: Any, **kwargs: Any) -> NoReturn:
+    """Refuse a custom autograd function, of which torch.export keeps the forward only."""
+    raise CaptureError(
+        f"{function.__name__} is a custom autograd function: its backward would be lost",
+        at=[(current_line(), f"{function.__module__}.{function.__qualname__}")],
+        remedy="write its forward in differentiable ops, or make it a torch.library custom op",
+    )
+
+
+class GradWatch(TorchFunctionMode):
+    """Refuse no_grad within autocast: torch.export loses it there, and gradients go wrong."""
+
+    depth = 0
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Run `func`, unless it turns gradients off within autocast."""
+        off = func is torch._C._set_grad_enabled and not args[0]
+        if off and self.depth and torch.is_grad_enabled():
+            raise CaptureError(
+                "no_grad within an autocast region cannot be captured",
+                at=[(current_line(), "torch.no_grad()")],
+                remedy="put no_grad around the autocast region, or use detach()",
+            )
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def watched_regions() -> Iterator[None]:
+    """Count autocast regions, which pass by function modes, for a GradWatch."""
+    watch = GradWatch()
+    enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
+
+    def count_enter(region: torch.autocast) -> Any:
+        watch.depth += 1
+        return enter(region)  # type: ignore[no-untyped-call]
+
+    def count_exit(region: torch.autocast, *error: Any) -> Any:
+        watch.depth -= 1
+        return leave(region, *error)
+
+    with (
+        mock.patch.object(torch.autocast, "__enter__", count_enter),
+        mock.patch.object(torch.autocast, "__exit__", count_exit),
+        watch,
+    ):
+        yield
+
+
+def current_line() -> str:
+    """Return "file.py:line" of the model's code that runs now."""
+    return pick_line([(f.filename, f.lineno or 0) for f in traceback.extract_stack()[:-2]])
+
+
+def failure(error: Exception) -> CaptureError:
+    """Return what torch.export raised as one line, with the user's line and a remedy."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [(f.filename, f.lineno or 0) for f in frames if f.filename != __file__]
+    reason = next((s for s in str(error).splitlines() if s.strip()), type(error).__name__)
+    code = frames[-1].line
+    inside = [f for f in frames if f"{f.filename}:{f.lineno}".endswith(pick_line(lines) or "\0")]
+    code = inside[-1].line if inside else code
+    return CaptureError(
+        f"the model cannot be captured as one graph: {reason.strip()}",
+        at=[(pick_line(lines) or "torch.export", code or "")],
+        remedy=remedy(error),
+    )
+
+
+def remedy(error: Exception) -> str:
+    """Say what to do about an error of torch.export."""
+    text = f"{type(error).__name__} {error}"
+    if re.search(r"data.?dependent|GuardOn|unbacked", text, re.IGNORECASE):
+        return "make Python independent of tensors' values: torch.where in place of if, no .item()"
+    if "pytree" in text or "Unsupported output" in text or "output type" in text:
+        return "return tensors in tuples, lists or dicts (Hugging Face: use_cache=False)"
+    return "make torch.export.export(model, args, kwargs, strict=False) accept the model"

@@ -1,0 +1,237 @@
+"""From a captured program to a Plan: strategies, search, and the numbers read back as decisions.
+
+`search_plan` is the straight line. What it needs of the search is numbers only; what it returns holds
+no fx node, so that it can be saved, sent to other ranks and compared.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+
+from autotp.cost_model.cluster import Cluster
+from autotp.cost_model.memory import ADAMW_STATES
+from autotp.errors import PinError
+from autotp.grid import Grid
+from autotp.layouts import I, Layout, splitters
+from autotp.passes.factors import Factors
+from autotp.passes.moves import MoveTable
+from autotp.passes.network import Network, Op, Value
+from autotp.passes.pins import PinFilter, Pins, check_pins, refuse_misfits
+from autotp.passes.program import Program
+from autotp.passes.schedule import needs_of, schedule
+from autotp.passes.search import Solution, solve
+from autotp.passes.strategies import Model, Table, build_model
+from autotp.plan import Decision, Memory, Plan, Resting
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A plan with what it was made from, for explanations and for the code generation."""
+
+    plan: Plan
+    network: Network
+    factors: Factors
+    model: Model
+    solution: Solution
+
+
+def search_plan(
+    program: Program,
+    network: Network,
+    factors: Factors,
+    grid: Grid,
+    cluster: Cluster,
+    pins: Pins | None = None,
+    rest: Mapping[str, Layout] | None = None,
+    sharded_outputs: bool = False,
+) -> Planned:
+    """Return the cheapest plan of `program` on `grid` that the pins allow.
+
+    `rest` fixes the resting layouts of parameters by name: those of a plan for the other mode.
+
+    Raises PinError, and BudgetError where no plan fits the memory of a rank.
+    """
+    check_pins(pins or {}, grid, program, network)
+    kept = PinFilter(pins or {}, grid, program.names, program.params)
+    fixed = {node: rest[fqn] for node, fqn in program.params.items() if rest and fqn in rest}
+    start = time.process_time()
+    model = build_model(
+        network, factors, grid, cluster, program.params, kept.op, kept.rest, fixed, sharded_outputs
+    )
+    refuse_misfits(kept)
+    solution = solve(model.problem, memory_budget_bytes=budget(cluster))
+    if not np.isfinite(solution.cost_s):
+        raise PinError("pins that contradict each other", remedy="remove one of them")
+    seconds = time.process_time() - start
+    plan = read_plan(program, network, factors, model, solution, grid, cluster, seconds)
+    return Planned(plan, network, factors, model, solution)
+
+
+def budget(cluster: Cluster) -> float | None:
+    """Return the memory of one rank, or None if it is not limited."""
+    return cluster.memory_bytes if np.isfinite(cluster.memory_bytes) else None
+
+
+def read_plan(
+    program: Program,
+    network: Network,
+    factors: Factors,
+    model: Model,
+    solution: Solution,
+    grid: Grid,
+    cluster: Cluster,
+    seconds: float,
+) -> Plan:
+    """Return the choices of a solution as a Plan."""
+    chosen = list(zip(model.variables, solution.choice, strict=True))
+    picks = {v.name: k for v, k in chosen if v.kind == "op"}
+    tables = {v.name: v.table for v, _ in chosen if v.kind == "op"}
+    copies = {v.name: v.table.results[0][k] for v, k in chosen if v.kind == "copy"}
+    rest = {v.name: v.table.results[0][k] for v, k in chosen if v.kind == "rest"}
+    decisions = tuple(
+        _decision(program, network, factors, op, tables[op.name], picks[op.name], grid)
+        for op in network.ops
+    )
+    whole = (I,) * len(grid.sizes)
+    sources = {s: rest.get(s, whole) for s in network.sources}
+    made = {**sources, **{v: c for d in decisions for v, c in zip(d.makes, d.results, strict=True)}}
+    outputs = tuple(
+        _output_layout(model, network.values[o], copies.get(o, made[o]), whole) if o else None
+        for o in network.outputs
+    )
+    needs = needs_of(network, decisions, sources, copies, outputs)
+    move_tables: dict[str, MoveTable] = {
+        v: model.table_of(network.values[v]) for v in needs if v in model.types
+    }
+    return Plan(
+        grid=grid,
+        cluster=cluster.name,
+        train=program.train,
+        model=fingerprint(program),
+        decisions=decisions,
+        params=_resting(program, network, model, rest, whole),
+        copies=copies,
+        outputs=outputs,
+        moves=schedule(network, needs, move_tables, model.moves),
+        internal=_internal(network, decisions, grid),
+        memory=_memory(program, network, model, rest, whole, decisions),
+        step_time_s=solution.cost_s,
+        lower_bound_s=solution.lower_bound_s,
+        search_s=seconds,
+        method=solution.method,
+        unruled=tuple(network.unruled.items()),
+    )
+
+
+def _decision(
+    program: Program,
+    network: Network,
+    factors: Factors,
+    op: Op,
+    table: Table,
+    pick: int,
+    grid: Grid,
+) -> Decision:
+    s = table.strategies[pick]
+    shapes = tuple(network.values[v].shape for v in op.results)
+    return Decision(
+        name=program.names[op.name],
+        op=str(op.call.op).removeprefix("aten.").removesuffix(".default"),
+        choices=tuple(c.name for c in s.choices),
+        split=tuple(c.split for c in s.choices),
+        operands=s.operands,
+        results=s.results,
+        reads=op.operands,
+        makes=op.results,
+        shapes=shapes,
+        dims=tuple(
+            tuple(factors.dim_name(v, d) for d in range(len(shape)))
+            for v, shape in zip(op.results, shapes, strict=True)
+        ),
+        dtype=str(op.call.results[0].dtype).removeprefix("torch."),
+        seconds=float(table.seconds[pick]),
+        memory_bytes=int(table.memory[pick]),
+        axes=grid.names,
+        where=program.where.get(op.name, ""),
+    )
+
+
+def _output_layout(
+    model: Model, value: Value, made: Layout, whole: Layout
+) -> Layout:
+    """Return the cheapest layout in which the program may return a value."""
+    if value.name not in model.types:
+        return whole
+    table = model.table_of(value)
+    allowed = [k for k, c in enumerate(table.layouts) if model.may_return(c)]
+    cheapest = min(allowed, key=lambda k: float(table.seconds[table.number[made], k]))
+    return table.layouts[cheapest]
+
+
+def _resting(
+    program: Program,
+    network: Network,
+    model: Model,
+    rest: Mapping[str, Layout],
+    whole: Layout,
+) -> dict[str, Resting]:
+    out = {}
+    for name, fqn in program.params.items():
+        v = network.values[name]
+        layout = rest.get(name, whole)
+        held = model.moves.local_bytes(v.shape, v.dtype, layout)
+        dtype = str(v.dtype).removeprefix("torch.")
+        out[fqn] = Resting(layout, v.shape, dtype, held, v.grad)
+    return out
+
+
+def _memory(
+    program: Program,
+    network: Network,
+    model: Model,
+    rest: Mapping[str, Layout],
+    whole: Layout,
+    decisions: Sequence[Decision],
+) -> Memory:
+    resting = _resting(program, network, model, rest, whole).values()
+    trained = sum(r.local_bytes for r in resting if r.trained)
+    return Memory(
+        parameters=sum(r.local_bytes for r in resting),
+        gradients=trained,
+        optimizer=ADAMW_STATES * trained,
+        activations=sum(d.memory_bytes for d in decisions),
+    )
+
+
+def _internal(
+    network: Network, decisions: Sequence[Decision], grid: Grid
+) -> tuple[tuple[str, str, str, Fraction], ...]:
+    """Return what local programs send themselves."""
+    return ()
+
+
+def fingerprint(program: Program) -> dict[str, str]:
+    """Describe what a plan belongs to: inputs and parameters, with their shapes and dtypes."""
+    values = {n.name: n.meta["val"] for n in program.graph_module.graph.nodes if n.op == "placeholder"}
+    named = {**{n: f"input {n}" for n in program.inputs}, **program.params}
+    return {
+        name: f"{str(values[node].dtype).removeprefix('torch.')}{list(values[node].shape)}"
+        for node, name in named.items()
+    }
+
+
+def divided_dims(layout: Layout, dims: Sequence[str], grid: Grid) -> list[str]:
+    """Write dims with the axes that split them, such as `(n/col d)`."""
+    out = []
+    for d, name in enumerate(dims):
+        axes = splitters(layout, d)
+        out.append(name + "".join(f"/{grid.names[a]}" for a in axes))
+    return out
+
+
+__all__ = ["Planned", "divided_dims", "fingerprint", "read_plan", "search_plan"]

@@ -1,0 +1,61 @@
+"""Rules of matrix products and convolutions: multilinear, a contracted factor leaves a partial."""
+
+from __future__ import annotations
+
+import torch
+
+from autotp.passes.rules.table import Call, rule
+
+aten = torch.ops.aten
+
+
+def addmm(call: Call) -> str:
+    """The first operand is added once and broadcasts."""
+    bias = call.operands[0]
+    assert bias is not None
+    return f"+{'o' if len(bias.shape) == 1 else 't o'}, t i, i o -> t o"
+
+
+def matmul(call: Call) -> str:
+    """A vector on either side loses its dim."""
+    left, right = (len(t.shape) for t in call.operands if t)
+    row, column = ("" if left == 1 else "s"), ("" if right == 1 else "t")
+    many = "..." if max(left, right) > 2 else ""
+    first, second = many if left > 2 else "", many if right > 2 else ""
+    return f"{first} {row} i, {second} i {column} -> {many} {row} {column}"
+
+
+def einsum(call: Call) -> str:
+    """The equation is a sentence already."""
+    spaced = " ".join(str(call.args[0]).replace(" ", "").replace("...", "."))
+    return spaced.replace(".", "...").replace("- >", "->").replace(" ,", ",")
+
+
+def conv(call: Call) -> str:
+    """Batch and channels may split, space is whole; grouped convolutions split their batch only."""
+    grouped = call.arg(6, 1) != 1
+    space = len(call.results[0].shape) - 2
+    x, k, y = (" ".join(f"[{c}{i}]" for i in range(space)) for c in "xky")
+    if grouped:
+        return f"b [c] {x}, [o] [i] {k}, [o] -> b [o] {y}"
+    return f"b i {x}, o i {k}, +o -> b o {y}"
+
+
+def conv_flops(space: int) -> str:
+    """One product per output element, input channel and kernel element."""
+    return "b o i " + " ".join(f"k{i} y{i}" for i in range(space))
+
+
+rule(aten.addmm.default, addmm, linear="each")
+rule(aten.baddbmm.default, "+z s t, z s i, z i t -> z s t", linear="each")
+rule(aten.bmm.default, "z s i, z i t -> z s t", linear="each")
+rule(aten.conv1d.default, conv, linear="each", flops=conv_flops(1))
+rule(aten.conv2d.default, conv, linear="each", flops=conv_flops(2))
+rule(aten.conv3d.default, conv, linear="each", flops=conv_flops(3))
+rule(aten.dot.default, "i, i -> ", linear="each")
+rule(aten.einsum.default, einsum, linear="each")
+rule(aten.linear.default, "... i, o i, +o -> ... o", linear="each")
+rule(aten.matmul.default, matmul, linear="each")
+rule(aten.mm.default, "t i, i o -> t o", linear="each")
+rule(aten.mv.default, "t i, i -> t", linear="each")
+rule(aten.outer.default, "s, t -> s t", linear="each")

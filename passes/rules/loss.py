@@ -1,0 +1,44 @@
+"""Rules of losses: rows add up; a split vocabulary is summed inside a local program."""
+
+from __future__ import annotations
+
+import torch
+
+from autotp import local_programs
+from autotp.passes.rules.table import Call, rule
+
+aten = torch.ops.aten
+
+MEAN, SUM = 1, 2
+
+
+def cross_entropy(call: Call) -> str:
+    """Rows t and classes v; class weights are whole, and so are images and soft targets."""
+    logits, target = call.operands[0], call.operands[1]
+    assert logits is not None and target is not None
+    if len(logits.shape) != 2 or len(target.shape) != 1:
+        x, y = (" ".join(f"[{c}{k}]" for k in range(len(t.shape))) for c, t in (("x", logits), ("y", target)))
+        out = " ".join(f"[z{k}]" for k in range(len(call.results[0].shape)))
+        return f"{x}, {y}, [c] -> {out}"
+    return "t v, t, [c] -> " + ("" if call.results[0].shape == () else "t")
+
+
+def difference(call: Call) -> str:
+    """A pointwise loss, summed unless its reduction is none."""
+    return "..., ... -> " + ("..." if call.arg(2, MEAN) == 0 else "")
+
+
+def averaged(call: Call) -> bool:
+    """Say whether the reduction of a pointwise loss is the mean."""
+    return bool(call.arg(2, MEAN) == MEAN)
+
+
+rule(
+    aten.cross_entropy_loss.default,
+    cross_entropy,
+    saves=(0,),
+    split={"t": "P", "v": "I"},
+    program=local_programs.cross_entropy,
+)
+rule(aten.l1_loss.default, difference, average=averaged)
+rule(aten.mse_loss.default, difference, average=averaged)

@@ -1,0 +1,37 @@
+"""Rules of pointwise ops that are linear or keep little; all others have one by torch's own tag."""
+
+from __future__ import annotations
+
+import torch
+
+from autotp.passes.rules.table import Call, LinearIn, pointwise_sentence, rule
+
+aten = torch.ops.aten
+
+
+def sum_in(call: Call) -> LinearIn:
+    """A sum passes partials where every term is a tensor; a scalar would be added by every rank."""
+    return "all" if len([t for t in call.operands if t]) == 2 else None
+
+
+def pointwise(op: object, **facts: object) -> None:
+    """Enter an op that broadcasts its operands."""
+    rule(op, pointwise_sentence, **facts)
+
+
+OUT = (-1,)
+
+pointwise(aten.add.Tensor, linear=sum_in, saves=())
+pointwise(aten.div.Scalar, linear="all", saves=())
+pointwise(aten.div.Tensor, linear=(0,))
+pointwise(aten.exp.default, saves=OUT)
+pointwise(aten.mul.Scalar, linear="all", saves=())
+pointwise(aten.mul.Tensor, linear="each")
+pointwise(aten.neg.default, linear="all", saves=())
+pointwise(aten.relu.default, saves=OUT)
+pointwise(aten.rsqrt.default, saves=OUT)
+pointwise(aten.sigmoid.default, saves=OUT)
+pointwise(aten.sqrt.default, saves=OUT)
+pointwise(aten.sub.Tensor, linear=sum_in, saves=())
+pointwise(aten.tanh.default, saves=OUT)
+pointwise(aten.where.self, linear=(1, 2), saves=(0,))

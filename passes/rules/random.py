@@ -1,0 +1,18 @@
+"""Rules of ops that draw random numbers: masks are equal where replicated, different where split."""
+
+from __future__ import annotations
+
+import torch
+
+from autotp import local_programs
+from autotp.passes.rules.table import Call, rule
+
+aten = torch.ops.aten
+
+
+def draws(call: Call) -> bool:
+    """Say whether this dropout drops anything."""
+    return bool(call.arg(2)) and call.arg(1) != 0.0
+
+
+rule(aten.dropout.default, "... -> ...", program=local_programs.dropout, random=draws, saves=(-1,))

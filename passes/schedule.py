@@ -1,0 +1,119 @@
+"""The moves of a plan, in the order in which the emitted program needs them.
+
+In: the layouts in which every value is made, shared and read. Out: for each value, the moves that
+bring it to all of these, each made once however many readers it serves. A move stands right before
+its first reader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from autotp.grid import Grid
+from autotp.layouts import Layout
+from autotp.passes.moves import Moves, MoveTable, Step
+from autotp.passes.network import Network, Value
+from autotp.plan import Decision, PlannedMove
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """In which layout a value is made, which its readers share, and which they read, in order."""
+
+    made: Layout
+    shared: Layout | None
+    read: tuple[Layout, ...]
+
+
+def needs_of(
+    network: Network,
+    decisions: Sequence[Decision],
+    sources: Mapping[str, Layout],
+    copies: Mapping[str, Layout],
+    outputs: Sequence[Layout | None],
+) -> dict[str, Needs]:
+    """Return the layouts of every value, in graph order of their first reader."""
+    made = dict(sources)
+    read: dict[str, list[Layout]] = {}
+    for decision in decisions:
+        made.update(zip(decision.makes, decision.results, strict=True))
+        for value, layout in zip(decision.reads, decision.operands, strict=True):
+            read.setdefault(value, []).append(layout)
+    for value, layout in zip(network.outputs, outputs, strict=True):
+        if value and layout is not None:
+            read.setdefault(value, []).append(layout)
+    return {
+        value: Needs(made[value], copies.get(value), tuple(dict.fromkeys(layouts)))
+        for value, layouts in read.items()
+    }
+
+
+def schedule(
+    network: Network, needs: Mapping[str, Needs], tables: Mapping[str, MoveTable], moves: Moves
+) -> tuple[PlannedMove, ...]:
+    """Return every move of the program, each once, in the order of need."""
+    made_by = {v: op.name for op in network.ops for v in op.results}
+    out: list[PlannedMove] = []
+    for name, need in needs.items():
+        value, table = network.values[name], tables.get(name)
+        reached = {need.made}
+        for before, after in _hops(need):
+            if before != after:
+                assert table is not None
+                path = moves.path(table, before, after, value.shape, value.dtype)
+                out += _unmade(value, made_by.get(name, name), before, path, reached, moves)
+    return tuple(out)
+
+
+def _hops(need: Needs) -> Iterable[tuple[Layout, Layout]]:
+    hub = need.shared if need.shared is not None else need.made
+    yield need.made, hub
+    for layout in need.read:
+        yield hub, layout
+
+
+def _unmade(
+    value: Value,
+    of: str,
+    before: Layout,
+    path: Sequence[Step],
+    reached: set[Layout],
+    moves: Moves,
+) -> list[PlannedMove]:
+    """Return the moves of a path after the last layout on it that is there already."""
+    out: list[PlannedMove] = []
+    at = before
+    for step in path:
+        to = (*at[: step.axis], step.after, *at[step.axis + 1 :])
+        out.append(_planned(value, of, at, to, step, moves))
+        if to in reached:
+            out.clear()
+        at = to
+    reached.update(m.after for m in out)
+    return out
+
+
+def _planned(
+    value: Value, of: str, before: Layout, after: Layout, step: Step, moves: Moves
+) -> PlannedMove:
+    grid: Grid = moves.grid
+    kinds = [step.forward] + ([step.backward] if value.grad else [])
+    sent: dict[str, Fraction] = {}
+    for kind in kinds:
+        size = step.sent_by(kind, grid.sizes[step.axis])
+        if size:
+            sent[kind] = sent.get(kind, Fraction(0)) + size
+    return PlannedMove(
+        value=value.name,
+        of=of,
+        axis=grid.names[step.axis],
+        before=before,
+        after=after,
+        forward=step.forward,
+        backward=step.backward if value.grad else "none",
+        size_bytes=step.size_bytes,
+        seconds=sum(moves.kind_s(kind, step.size_bytes, step.axis) for kind in kinds),
+        sent=tuple(sent.items()),
+    )

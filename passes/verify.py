@@ -1,0 +1,94 @@
+"""Check an emitted program's types before it may run.
+
+Every op's operand and result types must be, axis by axis, one of the four ways that its rule allows;
+every collective must be the one that `autotp.layouts.MOVES` names for the change that it makes; the
+outputs must be owned. The check reads the graph, not the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import fx
+
+from autotp.errors import LayoutError
+from autotp.grid import Grid
+from autotp.layouts import Layout, is_valid, kind, layout_text, may_change
+from autotp.passes.choices import AxisChoice, Typing, axis_choices
+from autotp.passes.codegen import TARGETS
+from autotp.passes.factors import Factors
+from autotp.passes.network import Network, Op
+
+
+def verify(module: fx.GraphModule, network: Network, factors: Factors, grid: Grid) -> None:
+    """Raise LayoutError, with every wrong node, unless the program is well typed."""
+    legal: dict[str, list[AxisChoice]] = {}
+    problems = []
+    for node in module.graph.nodes:
+        problems += _op_problems(node, network, factors, grid, legal)
+        problems += _move_problems(node, network, grid)
+    if problems:
+        raise LayoutError("the emitted program is not well typed", at=problems)
+
+
+def _op_problems(
+    node: fx.Node,
+    network: Network,
+    factors: Factors,
+    grid: Grid,
+    legal: dict[str, list[AxisChoice]],
+) -> list[tuple[str, str]]:
+    op: Op | None = node.meta.get("op")
+    if op is None:
+        return []
+    results = node.meta.get("results") or (node.meta["layout"],)
+    operands = tuple(n.meta["layout"] for n in node.meta["operands"])
+    if op.name not in legal:
+        typing = Typing.of(
+            [network.values[v] for v in op.operands], [network.values[v] for v in op.results]
+        )
+        legal[op.name] = axis_choices(op, typing, factors)
+    problems = []
+    for axis, name in enumerate(grid.names):
+        types = (tuple(c[axis] for c in operands), tuple(c[axis] for c in results))
+        if not any((c.operands, c.results) == types for c in legal[op.name]):
+            left, right = (", ".join(map(str, t)) for t in types)
+            problems.append((node.name, f"{op.call.op} on {name}: {left} -> {right} has no rule"))
+    for value, layout in zip(
+        (*op.operands, *op.results), (*operands, *results), strict=True
+    ):
+        problems += _validity(node, network.values[value].shape, layout, grid)
+    return problems
+
+
+def _validity(
+    node: fx.Node, shape: tuple[int, ...], layout: Layout, grid: Grid
+) -> list[tuple[str, str]]:
+    if is_valid(shape, layout, grid):
+        return []
+    return [(node.name, f"{list(shape)} cannot be {layout_text(layout)} on {grid}")]
+
+
+def _move_problems(node: fx.Node, network: Network, grid: Grid) -> list[tuple[str, str]]:
+    if "move" not in node.meta:
+        return []
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    before, after = source.meta["layout"], node.meta["layout"]
+    changed = [a for a in range(len(before)) if before[a] != after[a]]
+    text = f"{layout_text(before)} to {layout_text(after)}"
+    if len(changed) != 1:
+        return [(node.name, f"{text} changes {len(changed)} axes at once")]
+    (axis,) = changed
+    if not may_change(before, axis, after[axis]):
+        return [(node.name, f"{text}: another axis splits that dim further in")]
+    if node.target is not TARGETS.get((kind(before[axis]), kind(after[axis]))):
+        return [(node.name, f"{text} is not what {node.target.__name__} does")]  # type: ignore[union-attr]
+    if node.args[1].name != grid.names[axis]:  # type: ignore[union-attr]
+        return [(node.name, f"{text} is a move of axis {grid.names[axis]}")]
+    return []
+
+
+def layouts_of(module: fx.GraphModule) -> Mapping[str, Layout]:
+    """Return the layout of every node that holds a tensor."""
+    return {n.name: n.meta["layout"] for n in module.graph.nodes if "layout" in n.meta}

@@ -1,0 +1,341 @@
+"""Every local program against the whole op: values, gradients, and masks that agree."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from shards import check, pieces_of
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+from autotp.axis import run_ranks
+from autotp.errors import LayoutError
+from autotp.grid import Grid
+from autotp.layouts import I, P, R, Shard, assemble
+from autotp.local_programs import (
+    cross_entropy,
+    dropout,
+    layer_norm,
+    log_softmax,
+    rms_norm,
+    sdpa_dropout,
+    softmax,
+    vocab_embedding,
+)
+from autotp.randomness import RandomState, agreed_step_seed, draw_step_seed, site_seed
+
+LINE, SQUARE = Grid(("col",), (3,)), Grid(("row", "col"), (2, 2))
+BOTH = ("row", "col")
+SPLITS = [(LINE, ("col",)), (SQUARE, ("col",)), (SQUARE, BOTH)]
+CLOSE = {
+    torch.float64: {"rtol": 1e-9, "atol": 1e-11},
+    torch.float32: {"rtol": 1e-4, "atol": 1e-5},
+    torch.bfloat16: {"rtol": 4e-2, "atol": 4e-2},
+}
+DTYPES = pytest.mark.parametrize("dtype", CLOSE, ids=str)
+splits = pytest.mark.parametrize(("grid", "names"), SPLITS, ids=["3", "inner", "both"])
+
+
+def take(axes, names):
+    return tuple(axes[n] for n in names)
+
+
+def over(grid, names, split, other):
+    """Return the layout that is `split` on the axes of `names` and `other` elsewhere."""
+    return tuple(split if n in names else other for n in grid.names)
+
+
+# Embedding -------------------------------------------------------------------------------------
+
+
+@splits
+@pytest.mark.parametrize("vocab", [12, 11], ids=["even", "uneven"])
+@pytest.mark.parametrize(("padding", "by_freq"), [(-1, False), (0, False), (7, True), (10, True)])
+def test_vocab_embedding(grid, names, vocab, padding, by_freq):
+    weight = torch.randn(vocab, 4, dtype=torch.float64)
+    indices = torch.randint(vocab, (3, 5))
+    indices[0, 0] = max(padding, 0)
+
+    def split(axes, w):
+        return vocab_embedding(
+            w, indices, padding, by_freq, split_v=take(axes, names), size_v=vocab
+        )
+
+    check(
+        split,
+        lambda w: torch.embedding(w, indices, padding, by_freq, False),
+        [(weight, over(grid, names, Shard(0), I))],
+        over(grid, names, P, I),
+        grid,
+    )
+
+
+def test_an_index_outside_the_vocabulary_is_refused():
+    def one(rank, axes):
+        indices = torch.tensor([1, 9])
+        return vocab_embedding(torch.ones(3, 2), indices, split_v=(axes["col"],), size_v=9)
+
+    with pytest.raises(RuntimeError, match="outside a split dim of size 9"):
+        run_ranks(LINE, one)
+
+
+# Cross-entropy ---------------------------------------------------------------------------------
+
+T_AND_V = [
+    (LINE, ("col",), ()),
+    (LINE, (), ("col",)),
+    (SQUARE, BOTH, ()),
+    (SQUARE, (), BOTH),
+    (SQUARE, ("row",), ("col",)),
+    (SQUARE, ("col",), ()),
+]
+LOSS_TYPE = {0: Shard(0), 1: P, 2: P}
+
+
+def check_cross_entropy(grid, t, v, *, classes=11, dtype=torch.float64, weighted=False, **options):
+    reduction = options.get("reduction", 1)
+    tokens, ignored = 12, options.get("ignore_index", -100)
+    target = torch.randint(classes, (tokens,))
+    target[[0, 5, 7, 8]] = ignored
+    weight = torch.rand(classes, dtype=dtype) if weighted else None
+    shards = {**dict.fromkeys(t, Shard(0)), **dict.fromkeys(v, Shard(1))}
+    logits_layout = tuple(shards.get(n, I) for n in grid.names)
+    only = {n: Shard(0) for n in t}
+    target_layout = tuple(only.get(n, I) for n in grid.names)
+    out_layout = tuple(LOSS_TYPE[reduction] if n in t else I for n in grid.names)
+    weight_layout = tuple(Shard(0) if n in v else I for n in grid.names)
+
+    def split(axes, logits, tgt, w):
+        keys = {"split_t": take(axes, t), "split_v": take(axes, v), "size_v": classes}
+        return cross_entropy(logits, tgt, w if weighted else None, **options, **keys)
+
+    def whole(logits, tgt, w):
+        return torch.ops.aten.cross_entropy_loss(
+            logits, tgt, w.detach() if weighted else None, *_positional(options)
+        )
+
+    inputs = [
+        (torch.randn(tokens, classes, dtype=dtype) * 3, logits_layout),
+        (target, target_layout),
+        (weight, weight_layout) if weighted else None,
+    ]
+    check(split, whole, inputs, out_layout, grid, **CLOSE[dtype])
+
+
+def _positional(options):
+    defaults = {"reduction": 1, "ignore_index": -100, "label_smoothing": 0.0}
+    return tuple((defaults | options).values())
+
+
+@pytest.mark.parametrize(("grid", "t", "v"), T_AND_V, ids=str)
+@pytest.mark.parametrize("reduction", [0, 1, 2], ids=["none", "mean", "sum"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1], ids=["sharp", "smooth"])
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+def test_cross_entropy(grid, t, v, reduction, smoothing, weighted):
+    check_cross_entropy(
+        grid, t, v, reduction=reduction, label_smoothing=smoothing, weighted=weighted
+    )
+
+
+@pytest.mark.parametrize(("grid", "t", "v"), T_AND_V, ids=str)
+@pytest.mark.parametrize("ignored", [3, 255], ids=["a class", "past the classes"])
+def test_cross_entropy_ignores_any_index(grid, t, v, ignored):
+    check_cross_entropy(grid, t, v, classes=12, ignore_index=ignored, weighted=True)
+
+
+@DTYPES
+def test_cross_entropy_in_every_precision(dtype):
+    check_cross_entropy(SQUARE, ("row",), ("col",), dtype=dtype, label_smoothing=0.1)
+
+
+def test_cross_entropy_of_further_dims_is_refused():
+    with pytest.raises(LayoutError, match="class numbers"):
+        cross_entropy(torch.ones(2, 3, 4), torch.ones(2, 4, dtype=torch.int64))
+
+
+# Norms and softmax -----------------------------------------------------------------------------
+
+
+@DTYPES
+@splits
+@pytest.mark.parametrize("size", [12, 11], ids=["even", "uneven"])
+@pytest.mark.parametrize("affine", ["", "w", "wb"])
+def test_layer_norm(dtype, grid, names, size, affine):
+    x = torch.randn(2, 3, size, dtype=dtype) * 2 + 3
+    params = [torch.randn(size, dtype=dtype) if a in affine else None for a in "wb"]
+
+    def split(axes, x, w, b):
+        keys = {"split_d": take(axes, names), "size_d": size}
+        return layer_norm(x, [size], w, b, 1e-3, **keys)
+
+    layouts = [over(grid, names, Shard(d), I) for d in (2, 0, 0)]
+    inputs = [p if p is None else (p, s) for p, s in zip([x, *params], layouts, strict=True)]
+    whole = lambda x, w, b: F.layer_norm(x, [size], w, b, 1e-3)  # noqa: E731
+    check(split, whole, inputs, layouts[0], grid, **CLOSE[dtype])
+
+
+@DTYPES
+@splits
+@pytest.mark.parametrize("affine", [False, True])
+def test_rms_norm(dtype, grid, names, affine):
+    x = torch.randn(2, 3, 11, dtype=dtype)
+    layouts = [over(grid, names, Shard(d), I) for d in (2, 0)]
+    weight = (torch.randn(11, dtype=dtype), layouts[1]) if affine else None
+
+    def split(axes, x, w):
+        return rms_norm(x, [11], w, 1e-3, split_d=take(axes, names), size_d=11)
+
+    whole = lambda x, w: F.rms_norm(x, [11], w, 1e-3)  # noqa: E731
+    check(split, whole, [(x, layouts[0]), weight], layouts[0], grid, **CLOSE[dtype])
+
+
+@DTYPES
+def test_rms_norm_without_eps_takes_the_one_of_the_op(dtype):
+    x = torch.full((1, 4), torch.finfo(dtype).eps, dtype=dtype)
+    keys = {"split_d": (), "size_d": 4}
+    torch.testing.assert_close(rms_norm(x, [4], **keys), F.rms_norm(x, [4]))
+
+
+def test_norms_of_several_dims():
+    x, w = torch.randn(3, 5, 12, dtype=torch.float64), torch.randn(5, 12, dtype=torch.float64)
+    layouts = [(I, Shard(2)), (I, Shard(1))]
+
+    def split(axes, x, w):
+        y = layer_norm(x, (5, 12), w, None, 1e-5, split_d=(axes["col"],), size_d=12)
+        return rms_norm(y, (5, 6), w, 1e-5, split_d=(axes["col"],), size_d=12)
+
+    def whole(x, w):
+        return F.rms_norm(F.layer_norm(x, (5, 12), w, None), (5, 12), w, 1e-5)
+
+    check(split, whole, list(zip([x, w], layouts, strict=True)), layouts[0], SQUARE)
+
+
+@DTYPES
+@splits
+@pytest.mark.parametrize("dim", [1, -1])
+@pytest.mark.parametrize(("split_op", "op"), [(softmax, F.softmax), (log_softmax, F.log_softmax)])
+def test_softmax(dtype, grid, names, dim, split_op, op):
+    x = torch.randn(4, 11, 7, dtype=dtype) * 4
+    x[0, :2] = -80.0
+    layout = over(grid, names, Shard(dim % 3), I)
+    split = lambda axes, x: split_op(x, dim, split_d=take(axes, names))  # noqa: E731
+    check(split, lambda x: op(x, dim), [(x, layout)], layout, grid, **CLOSE[dtype])
+
+
+def test_softmax_into_another_dtype():
+    x, layout = torch.randn(4, 8, dtype=torch.bfloat16), (Shard(1),)
+    split = lambda axes, x: softmax(x, 1, torch.float32, split_d=(axes["col"],))  # noqa: E731
+    whole = lambda x: F.softmax(x, 1, dtype=torch.float32)  # noqa: E731
+    check(split, whole, [(x, layout)], layout, LINE)
+
+
+def test_partial_gradients_of_another_axis_pass_through():
+    x, w = torch.randn(4, 12, dtype=torch.float64), torch.randn(12, dtype=torch.float64)
+
+    def split(axes, x, w):
+        return layer_norm(x, [12], w, None, split_d=(axes["col"],), size_d=12)
+
+    inputs = [(x, (R, Shard(1))), (w, (R, Shard(0)))]
+    check(split, lambda x, w: F.layer_norm(x, [12], w), inputs, (R, Shard(1)), SQUARE)
+
+
+# Randomness ------------------------------------------------------------------------------------
+
+
+def masks(fn, step_seed=7, site=3, shape=(64, 64)):
+    """Return what `fn` keeps of ones on every rank of the square, split over its rows."""
+
+    def one(rank, axes):
+        rng = RandomState(step_seed)
+        return fn(torch.ones(shape), rng=rng, split=(axes["row"],), site=site)
+
+    return run_ranks(SQUARE, one)
+
+
+def drop(x, **random):
+    return dropout(x, 0.25, True, **random)
+
+
+def attend(x, **random):
+    q = x.reshape(1, 4, -1, 16)
+    return sdpa_dropout(q, q, torch.eye(64).expand(1, 4, 64, 64), None, 0.25, **random)
+
+
+@pytest.mark.parametrize("fn", [drop, attend])
+def test_masks_are_equal_where_replicated_and_different_where_split(fn):
+    shape = (64, 64)
+    first, again = masks(fn, shape=shape), masks(fn, shape=shape)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert torch.equal(first[0], first[1]) and torch.equal(first[2], first[3])
+    others = [first[2], masks(fn, step_seed=8)[0], masks(fn, site=4)[0]]
+    for a, b in itertools.combinations([first[0], *others], 2):
+        agree = ((a == 0) == (b == 0)).float().mean().item()
+        assert 0.55 < agree < 0.7  # independent masks of 1/4 agree on 10/16
+
+
+def test_dropout_scales_and_sends_the_gradient_through_its_mask():
+    x = torch.ones(400, 50, requires_grad=True)
+    y = dropout(x, 0.25, True, rng=RandomState(1), site=0)
+    y.sum().backward()
+    assert torch.equal(x.grad, y) and torch.equal(y.unique() * 0.75, torch.tensor([0.0, 1.0]))
+    assert abs(y.mean().item() - 1) < 0.02
+    assert dropout(x, 0.25, False, rng=RandomState(1), site=0) is x
+    assert not dropout(x, 1.0, True, rng=RandomState(1), site=0).any()
+
+
+def test_attention_without_dropout_is_the_op_and_its_seed_stays_inside():
+    q = torch.randn(2, 4, 8, 16)
+    state = torch.get_rng_state()
+    out = sdpa_dropout(q, q[:, :2], q[:, :2], enable_gqa=True, rng=RandomState(), site=1)
+    assert torch.equal(out, F.scaled_dot_product_attention(q, q[:, :2], q[:, :2], enable_gqa=True))
+    sdpa_dropout(q, q, q, None, 0.5, rng=RandomState(), site=1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_recomputed_forward_draws_the_same_masks():
+    rng = RandomState()
+
+    def forward(x):
+        rng.step_seed = draw_step_seed()
+        q = dropout(x.sin(), 0.5, True, rng=rng, site=0)
+        return sdpa_dropout(q, q, q, None, 0.5, rng=rng, site=1).cos()
+
+    grads = []
+    for run in (forward, lambda x: checkpoint(forward, x, use_reentrant=False)):
+        torch.manual_seed(5)
+        x = torch.linspace(0, 1, 2 * 8 * 4).reshape(1, 2, 8, 4).requires_grad_()
+        first, second = run(x), run(x)
+        (first.sum() + second.square().sum()).backward()
+        grads.append(x.grad)
+    assert torch.equal(*grads)
+
+
+def test_ranks_agree_on_a_step_seed():
+    seeds = run_ranks(SQUARE, lambda rank, axes: agreed_step_seed(axes.values()))
+    assert len(set(seeds)) == 1 and draw_step_seed() != draw_step_seed()
+
+
+def test_site_seeds_are_fixed_and_distinct():
+    places = itertools.product(range(9), range(9), [(), (0,), (1,), (0, 0)])
+    seeds = {site_seed(*place) for place in places}
+    assert len(seeds) == 9 * 9 * 4 and all(0 <= s < 2**63 for s in seeds)
+    assert site_seed(1, 2, (3,)) == site_seed(1, 2, (3,))
+
+
+def test_dropout_compiles_whole_and_new_seeds_do_not_recompile():
+    rng, frames = RandomState(), CompileCounterWithBackend("aot_eager")
+    step = lambda x: dropout(x.sin(), 0.5, True, rng=rng, site=0)  # noqa: E731
+    compiled = torch.compile(step, backend=frames, fullgraph=True)
+    for rng.step_seed in (2**40 + 1, 2**50 + 3, 2**60 + 5, 2**61 + 7):
+        x = torch.ones(32, requires_grad=True)
+        assert torch.equal(compiled(x), step(x))
+    assert frames.frame_count <= 2
+
+
+def test_the_helper_joins_random_terms():
+    whole = torch.randn(4, 6, dtype=torch.float64)
+    layout = (P, Shard(0))
+    torch.testing.assert_close(
+        assemble(pieces_of(whole, layout, SQUARE), whole.shape, layout, SQUARE), whole
+    )
