@@ -301,14 +301,10 @@ class _Norm(torch.autograd.Function):
         along, *flat = _total(torch.stack(sums), ctx.axes) / count
         dx = h - xhat * along
         dx = (dx if not flat else dx - flat[0]) * scale
-        lead = tuple(range(dims[0]))
-        dw = _sum_over(grad * xhat, lead).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        db = _sum_over(grad, lead).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
+        shape, needed = x.shape[dims[0] :], ctx.needs_input_grad
+        dw = (grad * xhat).sum_to_size(shape).to(weight.dtype) if needed[1] else None
+        db = grad.sum_to_size(shape).to(ctx.bias_dtype) if needed[2] else None
         return (dx.to(x.dtype), dw, db, *(None,) * 5)
-
-
-def _sum_over(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    return x.sum(dims) if dims else x  # torch takes no dims for all dims
 
 
 # Softmax ---------------------------------------------------------------------------------------

@@ -82,7 +82,7 @@ def read_network(program: Program) -> Network:
     for node in program.graph_module.graph.nodes:
         for name, val in results_of(node):
             values[name] = Value(name, tuple(val.shape), val.dtype, name_grad(program, node, name))
-        if node.name in active and not is_getitem(node):
+        if node.op == "call_function" and node.name in active and not is_getitem(node):
             ops.append(_op(node, unruled))
             made.update(ops[-1].results)
     read = {v for op in ops for v in op.operands}

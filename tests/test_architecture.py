@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = {"autotp": "autotp", "passes": "autotp.passes", "cost_model": "autotp.cost_model"}
 
 WORDS = {"errors", "grid", "layouts", "plan", "plan_file", "progress"}
-RUNTIME = {"axis", "collectives", "local_programs", "randomness"}
+RUNTIME = {"axis", "collectives", "local_programs", "randomness", "ranks"}
 
 # Each layer may import itself and those before it.
 LAYERS = ("words", "cost_model", "runtime", "passes", "api")

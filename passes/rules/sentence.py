@@ -102,7 +102,7 @@ class Sentence:
             operands=tuple(dims[: len(given)]),
             results=tuple(dims[len(given) :]),
             sizes=solved,
-            whole=self.whole,
+            whole=self.whole & named_factors(dims),
             added=frozenset(given.index(i) for i in self.added if i in given),
         )
 
@@ -183,6 +183,11 @@ def _drop_broadcast(
 
 def _is_broadcast(dim: Dim, size: int, largest: Mapping[str, int]) -> bool:
     return size == 1 and len(dim) == 1 and len(dim[0]) == 1 and largest[dim[0][0]] > 1
+
+
+def named_factors(dims: Sequence[tuple[Dim, ...]]) -> frozenset[str]:
+    """Return every factor that stands in these dims."""
+    return frozenset(f for row in dims for dim in row for product in dim for f in product)
 
 
 def _plain(

@@ -1,7 +1,6 @@
 """Every move, forward and backward, on simulated ranks and on real gloo ranks."""
 
 import operator
-import os
 import tempfile
 import threading
 from fractions import Fraction
@@ -10,7 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from shards import check, run_pieces
 from torch import fx
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -30,6 +28,7 @@ from autotp.cost_model.collectives import sent_bytes
 from autotp.errors import RuntimeStateError
 from autotp.grid import Grid
 from autotp.layouts import MOVES, I, P, R, Shard, is_valid, kind, move_of
+from tests.runtime.shards import check, run_pieces
 
 LINE, SQUARE = Grid(("col",), (3,)), Grid(("row", "col"), (2, 2))
 PARTS = (6, 3, 3)  # blocks of a dim of 12 on three ranks
@@ -255,7 +254,6 @@ def compiled_step(axis):
 
 def test_real_gloo_ranks_give_what_simulated_ranks_give(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("PYTHONPATH", os.path.dirname(__file__))
     simulated = run_ranks(SQUARE, lambda rank, axes: run_cases(axes))
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(real_rank, (f"{folder}/store", f"{folder}/out"), nprocs=4)

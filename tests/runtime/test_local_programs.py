@@ -5,7 +5,6 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from shards import check, pieces_of
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
@@ -24,6 +23,7 @@ from autotp.local_programs import (
     vocab_embedding,
 )
 from autotp.randomness import RandomState, agreed_step_seed, draw_step_seed, site_seed
+from tests.runtime.shards import check, pieces_of
 
 LINE, SQUARE = Grid(("col",), (3,)), Grid(("row", "col"), (2, 2))
 BOTH = ("row", "col")
