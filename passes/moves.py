@@ -147,6 +147,9 @@ class Moves:
         assert move is not None
         held = [self.local_bytes(shape, dtype, c) for c in (before, after)]
         size = wire_bytes(before[axis], after[axis], *held, self.grid.sizes[axis])
+        if isinstance(t := after[axis], Shard) and move.forward == "all_to_all":
+            local = largest_shape(shape, before, self.grid)
+            size = exchange_bytes(local, before[axis], t, self.grid.sizes[axis]) * dtype.itemsize
         return Step(axis, before[axis], after[axis], move.forward, move.backward, size)
 
 
@@ -159,6 +162,14 @@ def wire_bytes(
     if isinstance(before, Shard):
         return before_bytes * ranks
     return after_bytes * ranks if isinstance(after, Shard) else before_bytes
+
+
+def exchange_bytes(local: Shape, before: AxisType, after: Shard, ranks: int) -> int:
+    """Return the elements of an all-to-all's buffer: the new dim filled up to a multiple of ranks."""
+    filled = list(local)
+    if isinstance(before, Shard) and before.dim != after.dim:
+        filled[after.dim] = -(-local[after.dim] // ranks) * ranks
+    return math.prod(filled)
 
 
 def _changes(layout: Layout, types: AxisTypes) -> list[tuple[int, AxisType]]:

@@ -14,6 +14,7 @@ from fractions import Fraction
 import numpy as np
 
 from autotp.cost_model.cluster import Cluster
+from autotp.cost_model.collectives import sent_bytes
 from autotp.cost_model.memory import ADAMW_STATES
 from autotp.errors import PinError
 from autotp.grid import Grid
@@ -26,6 +27,7 @@ from autotp.passes.program import Program
 from autotp.passes.schedule import needs_of, schedule
 from autotp.passes.search import Solution, solve
 from autotp.passes.strategies import Model, Table, build_model
+from autotp.passes.traffic import internal_traffic
 from autotp.plan import Decision, Memory, Plan, Resting
 
 
@@ -212,7 +214,14 @@ def _internal(
     network: Network, decisions: Sequence[Decision], grid: Grid
 ) -> tuple[tuple[str, str, str, Fraction], ...]:
     """Return what local programs send themselves."""
-    return ()
+    kind = "all_reduce"
+    return tuple(
+        (d.name, grid.names[axis], kind, sent_bytes(kind, size, grid.sizes[axis]))
+        for op, d in zip(network.ops, decisions, strict=True)
+        for axis, size in internal_traffic(
+            op, d.split, d.operands, d.results, grid, network.values[op.results[0]].grad
+        )
+    )
 
 
 def fingerprint(program: Program) -> dict[str, str]:

@@ -31,6 +31,7 @@ from autotp.passes.factors import Factors
 from autotp.passes.moves import AxisTypes, Moves, MoveTable, axis_types
 from autotp.passes.network import Network, Op, Value
 from autotp.passes.search import Problem
+from autotp.passes.traffic import internal_traffic
 
 OpFilter = Callable[[Op, Sequence[Strategy]], Sequence[int]]
 RestFilter = Callable[[str, Sequence[Layout]], Sequence[int]]
@@ -239,7 +240,10 @@ def _op_cost(b: _Builder, op: Op, s: Strategy, typing: Typing) -> tuple[float, f
         return 0.0, float(kept)
     dtype = op.call.results[0].dtype
     seconds = op_s(local_flops(op, s, b.grid), sum(held), dtype, b.cluster)
-    return float(seconds) * (PASSES if training else 1), float(kept)
+    split = [c.split for c in s.choices]
+    inside = internal_traffic(op, split, s.operands, s.results, b.grid, training)
+    sending = sum(b.moves.kind_s("all_reduce", size, axis) for axis, size in inside)
+    return float(seconds) * (PASSES if training else 1) + sending, float(kept)
 
 
 def saved_positions(op: Op, typing: Typing) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from autotp import local_programs
-from autotp.passes.rules.table import Call, rule
+from autotp.passes.rules.table import Call, rule, wide_bytes
 
 aten = torch.ops.aten
 
@@ -21,6 +21,19 @@ def cross_entropy(call: Call) -> str:
         out = " ".join(f"[z{k}]" for k in range(len(call.results[0].shape)))
         return f"{x}, {y}, [c] -> {out}"
     return "t v, t, [c] -> " + ("" if call.results[0].shape == () else "t")
+
+
+def cross_entropy_traffic(call: Call, split: frozenset[str]) -> list[tuple[str, int, bool]]:
+    """Over v the rows' maxima, then all their sums at once; over t the divisor of a mean."""
+    logits = call.operands[0]
+    assert logits is not None
+    weighted, smoothed = call.arg(2) is not None, call.arg(5, 0.0) != 0.0
+    wide = wide_bytes(logits.dtype)
+    rows = logits.shape[0] * wide
+    sums = 2 + weighted + 2 * smoothed
+    divisor = wide if weighted else torch.int64.itemsize
+    mean = [("t", divisor, False)] if call.arg(3, MEAN) == MEAN else []
+    return [("v", rows, False), ("v", sums * rows, False), *mean]
 
 
 def difference(call: Call) -> str:
@@ -39,6 +52,7 @@ rule(
     saves=(0,),
     split={"t": "P", "v": "I"},
     program=local_programs.cross_entropy,
+    traffic=cross_entropy_traffic,
 )
 rule(aten.l1_loss.default, difference, average=averaged)
 rule(aten.mse_loss.default, difference, average=averaged)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 
 from autotp import local_programs
-from autotp.passes.rules.table import Call, Text, letters, rule
+from autotp.passes.rules.table import Call, Text, letters, rule, wide_bytes
 
 aten = torch.ops.aten
 
@@ -45,15 +48,47 @@ def groups(call: Call) -> str:
     return f"n [c] {space}{channel} -> n [c] {space}"
 
 
-SPLIT = {"d": "S"}
+def rows_bytes(call: Call) -> int:
+    """Return the bytes of one number per normalised row."""
+    x = call.operands[0]
+    assert x is not None
+    dim = call.arg(1) if isinstance(call.arg(1), int) else -1
+    return math.prod(x.shape) // x.shape[dim] * wide_bytes(x.dtype)
+
+
+def layer_norm_traffic(call: Call, _split: frozenset[str]) -> list[tuple[str, int, bool]]:
+    """Mean and variance forward, two sums at once backward."""
+    rows = rows_bytes(call)
+    return [("d", rows, False), ("d", rows, False), ("d", 2 * rows, True)]
+
+
+def rms_norm_traffic(call: Call, _split: frozenset[str]) -> list[tuple[str, int, bool]]:
+    """The mean square forward, one sum backward."""
+    rows = rows_bytes(call)
+    return [("d", rows, False), ("d", rows, True)]
+
+
+def softmax_traffic(call: Call, _split: frozenset[str]) -> list[tuple[str, int, bool]]:
+    """The maximum and the sum forward, one sum backward."""
+    rows = rows_bytes(call)
+    return [("d", rows, False), ("d", rows, False), ("d", rows, True)]
+
+
+LAYER_NORM: dict[str, Any] = {
+    "split": {"d": "S"},
+    "program": local_programs.layer_norm,
+    "traffic": layer_norm_traffic,
+}
+RMS_NORM: dict[str, Any] = {
+    "split": {"d": "S"},
+    "program": local_programs.rms_norm,
+    "traffic": rms_norm_traffic,
+}
+SOFTMAX: dict[str, Any] = {"split": {"d": "S"}, "traffic": softmax_traffic, "saves": (-1,)}
 
 rule(aten.batch_norm.default, batch_statistics, saves=(0,))
 rule(aten.group_norm.default, groups, saves=(0,))
-rule(
-    aten.layer_norm.default, normalised, saves=(0,), split=SPLIT, program=local_programs.layer_norm
-)
-rule(
-    aten.log_softmax.int, along, saves=(-1,), split=SPLIT, program=local_programs.log_softmax
-)
-rule(aten.rms_norm.default, normalised, saves=(0,), split=SPLIT, program=local_programs.rms_norm)
-rule(aten.softmax.int, along, saves=(-1,), split=SPLIT, program=local_programs.softmax)
+rule(aten.layer_norm.default, normalised, saves=(0,), **LAYER_NORM)
+rule(aten.log_softmax.int, along, program=local_programs.log_softmax, **SOFTMAX)
+rule(aten.rms_norm.default, normalised, saves=(0,), **RMS_NORM)
+rule(aten.softmax.int, along, program=local_programs.softmax, **SOFTMAX)

@@ -54,6 +54,10 @@ Localize = Callable[[Call, Call], tuple[Any, ...]]
 """From the whole call and the local one (local shapes, whole literals), the local arguments."""
 
 
+Traffic = Callable[[Call, frozenset[str]], list[tuple[str, int, bool]]]
+"""From the local call and the factors that are split, (factor, all-reduced bytes, in backward?)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rule:
     """One row.
@@ -62,6 +66,7 @@ class Rule:
     linear    how a partial sum passes: "all" operands together, "each" one alone, or those listed
     split     factors that a local program splits, with its result's type there: "S", "P" or "I"
     program   the local program; it takes the op's arguments and `split_f`, `size_f` per such factor
+    traffic   what the program all-reduces inside, over the axes that split each factor
     random    whether this call draws random numbers: its program takes `rng`, `split`, `site`
     localize  rewrites literal arguments from whole to local sizes
     average   whether a summed factor is averaged over: the partial is scaled by its share
@@ -75,6 +80,7 @@ class Rule:
     linear: LinearIn | Callable[[Call], LinearIn] = None
     split: Mapping[str, str] = field(default_factory=dict)
     program: Callable[..., Any] | None = None
+    traffic: Traffic | None = None
     random: Test | None = None
     localize: Localize | None = None
     average: Test | None = None
@@ -143,6 +149,11 @@ def result_shape_at(position: int) -> Localize:
         return replace_arg(local, position, list(local.results[0].shape))
 
     return localize
+
+
+def wide_bytes(dtype: torch.dtype) -> int:
+    """Return the bytes of an element in the type that statistics are kept in: float32 at least."""
+    return max(dtype.itemsize, torch.float32.itemsize)
 
 
 def letters(count: int, start: str = "a") -> Sequence[str]:
