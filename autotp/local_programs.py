@@ -2,13 +2,12 @@
 
 Each is differentiable, takes the op's own arguments, and one keyword tuple of axes per factor that
 is split (outermost first) with the factor's whole size. Operands with the factor are shards.
+Statistics are taken in float32 at least and are complete on every rank of the split.
 
     vocab_embedding     v split: foreign rows are zero, the result is a partial sum
     cross_entropy       t or v split: the loss is partial over t, the same on all ranks of v
     layer_norm, rms_norm, softmax, log_softmax    the normalised dim split: so is the result
     dropout, sdpa_dropout    any dim split: masks differ where the tensor does
-
-Statistics are taken in float32 at least and are complete on every rank of the split.
 """
 
 from __future__ import annotations
@@ -310,16 +309,18 @@ class _Norm(torch.autograd.Function):
 # Softmax ---------------------------------------------------------------------------------------
 
 
-def softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None, *, split_d: Axes) -> Tensor:
-    """Return the softmax over `dim`, which is split, and so is the result."""
-    x = x if dtype is None else x.to(dtype)
-    return _apply(_Softmax, x, dim, False, split_d)
+def softmax(
+    x: Tensor, dim: int, dtype: torch.dtype | None = None, *, split_d: Axes, size_d: int = 0
+) -> Tensor:
+    """Return the softmax over the split `dim`; `size_d` is not needed."""
+    return _apply(_Softmax, x if dtype is None else x.to(dtype), dim, False, split_d)
 
 
-def log_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None, *, split_d: Axes) -> Tensor:
-    """Return the logarithm of the softmax over `dim`, which is split, and so is the result."""
-    x = x if dtype is None else x.to(dtype)
-    return _apply(_Softmax, x, dim, True, split_d)
+def log_softmax(
+    x: Tensor, dim: int, dtype: torch.dtype | None = None, *, split_d: Axes, size_d: int = 0
+) -> Tensor:
+    """Return the log of the softmax over the split `dim`; `size_d` is not needed."""
+    return _apply(_Softmax, x if dtype is None else x.to(dtype), dim, True, split_d)
 
 
 class _Softmax(torch.autograd.Function):

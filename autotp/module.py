@@ -50,6 +50,7 @@ class State:
     axes: dict[str, Axis]
     modes: dict[bool, Compiled] = field(default_factory=dict)
     owners: dict[str, tuple[nn.Module, str]] = field(default_factory=dict)
+    layouts: dict[str, Layout] = field(default_factory=dict)
 
 
 class ParallelModule(nn.Module):
@@ -97,7 +98,8 @@ class ParallelModule(nn.Module):
         """Load the original model's state dict (whole tensors), or this module's own."""
         own = dict(self.state_dict())
         placed = {
-            name: _place(self._autotp, value, own.get(name)) for name, value in state_dict.items()
+            name: _place(self._autotp, name, value, own.get(name))
+            for name, value in state_dict.items()
         }
         return super().load_state_dict(placed, strict=strict, assign=assign)
 
@@ -110,21 +112,14 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _place(state: State, value: Tensor, own: object) -> Tensor:
+def _place(state: State, name: str, value: Tensor, own: object) -> Tensor:
     """Return a whole tensor as the DTensor that the module has in its place."""
-    if not isinstance(own, DTensor) or isinstance(value, DTensor):
-        return value
-    if value.shape != own.shape:
-        return value  # torch's own error names it
-    layout = own_layout(state, own)
+    if not isinstance(own, DTensor) or isinstance(value, DTensor) or value.shape != own.shape:
+        return value  # torch's own error names a wrong shape
+    layout = state.layouts[name]
     coords = state.grid.coords(state.mesh.get_rank())
     local = take_shard(value.to(own.device), layout, state.grid, coords)
     return as_dtensor(local, layout, tuple(own.shape), state.mesh)
-
-
-def own_layout(state: State, parameter: DTensor) -> Layout:
-    """Return the layout in which a parameter of the module rests."""
-    return cast(Layout, parameter._autotp_layout)  # type: ignore[attr-defined]
 
 
 def _whole_inputs(
@@ -248,16 +243,15 @@ def distribute(model: ParallelModule, compiled: Compiled) -> None:
         for fqn, (module, name) in owners_of(model).items()
         if fqn in compiled.plan.params
     }
-    for module, name in owners_of(model).values():
+    for fqn, (module, name) in owners_of(model).items():
         old = module._parameters.get(name)
         if old is None:
             continue
+        layout = state.layouts[fqn] = layouts[id(old)]
         if id(old) not in made:
-            layout = layouts[id(old)]
             local = take_shard(old.detach(), layout, state.grid, coords).clone()
             new = as_parameter(local, layout, old.shape, state.mesh, old.requires_grad)
             new.__dict__.update(old.__dict__)
-            new._autotp_layout = layout  # type: ignore[attr-defined]
             made[id(old)] = new
             note_replacement(old, new)
         module._parameters[name] = made[id(old)]

@@ -13,14 +13,14 @@ MEAN, SUM = 1, 2
 
 
 def cross_entropy(call: Call) -> str:
-    """Rows t and classes v; class weights are whole, and so are images and soft targets."""
+    """Rows t and classes v; of images and soft targets every dim is whole."""
     logits, target = call.operands[0], call.operands[1]
     assert logits is not None and target is not None
     if len(logits.shape) != 2 or len(target.shape) != 1:
         x, y = (" ".join(f"[{c}{k}]" for k in range(len(t.shape))) for c, t in (("x", logits), ("y", target)))
         out = " ".join(f"[z{k}]" for k in range(len(call.results[0].shape)))
         return f"{x}, {y}, [c] -> {out}"
-    return "t v, t, [c] -> " + ("" if call.results[0].shape == () else "t")
+    return "t v, t, v -> " + ("" if call.results[0].shape == () else "t")
 
 
 def cross_entropy_traffic(call: Call, split: frozenset[str]) -> list[tuple[str, int, bool]]:
