@@ -129,14 +129,12 @@ def plan_elimination(
 
 
 def _result(p: _Planner, leaves: int) -> Elimination:
-    rest = dict.fromkeys((f, v) for v in sorted(p.kind) for f in p.incident[v] if f.scope[0] == v)
-    counted = [f for v in sorted(p.kind) for f in p.incident[v] if f.scope[0] == v]
-    assert len(rest) <= len(counted)
+    left = [f for v in sorted(p.kind) for f in p.incident[v] if f.scope[0] == v]
     return Elimination(
         leaves=leaves,
         steps=tuple(p.steps),
         buckets=tuple(p.buckets),
-        rest=(*p.constants, *counted),
+        rest=(*p.constants, *left),
         split=tuple(p.split),
         width=p.width,
         work=sum(math.prod(s.shape) for s in p.steps),
@@ -184,7 +182,7 @@ def _describe(factors: Sequence[Factor], v: int) -> tuple[Key, tuple[int, ...]]:
 
 
 def _eliminate_all(p: _Planner, number: int) -> set[int]:
-    """Eliminate the variables of one operation that are not neighbours; return who is left beside."""
+    """Eliminate the variables of one operation that are not neighbours; return who was beside them."""
     beside: set[int] = set()
     gone = []
     for v in sorted(p.members[number]):
@@ -195,7 +193,7 @@ def _eliminate_all(p: _Planner, number: int) -> set[int]:
         _eliminate(p, v)
         p.members[number].discard(v)
         del p.kind[v]
-    return beside if p.members[number] else beside - set(gone)
+    return beside
 
 
 def _eliminate(p: _Planner, v: int) -> None:

@@ -1,100 +1,97 @@
-"""The search problem as an integer program, for what elimination cannot hold or a budget splits.
+"""The search problem as a 0/1 program, solved by HiGHS.
 
-    min  sum u_i x_i + sum t_ij y_ij    x one-hot per variable, y_ij a distribution over pairs whose
-                                        margins are x_i and x_j; sum m_i x_i <= budget
+x_ik = 1 where variable i takes choice k; y_ijkl >= 0 is the flow between choices k and l of a pair:
 
-Solved by HiGHS through scipy. Pairs that are infinite have no y.
+    minimise  sum unary x + sum pair y
+    where     sum_k x_ik = 1,  sum_l y_ijkl = x_ik,  sum_k y_ijkl = x_jl,  sum bytes x <= budget
+
+Unreachable moves have no y. Work is limited by nodes, not by time, so that every rank finds the same.
+Source: Koster, van Hoesel and Kolen 1998, "The partial constraint satisfaction problem".
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
-Array = np.ndarray
+from autotp.passes.problem import Problem
+
+MAX_NODES = 2_000
+NODE_CELLS = 20_000_000
+"""Nodes times cells that one call may explore: half a minute."""
+
+SCALE = 1e3
+"""Largest coefficient of the objective and of the budget: the solver's tolerances are absolute (1e-6)."""
 
 
 @dataclass(frozen=True, slots=True)
-class Integer:
-    """An assignment, its cost, and a bound that no assignment is below."""
+class Bounded:
+    """The best choice found, None if there is none, and a bound that no choice beats."""
 
-    choice: tuple[int, ...]
-    cost: float
-    bound: float
+    choice: tuple[int, ...] | None
+    lower_bound_s: float
 
 
-def solve_ilp(
-    unary: Sequence[Array],
-    pairs: Sequence[tuple[int, int, Array]],
-    memory: Sequence[Array] | None = None,
-    budget: float | None = None,
-    time_limit_s: float = 60.0,
-) -> Integer | None:
-    """Return the best assignment found in the time, or None if there is none."""
-    starts = np.cumsum([0, *(len(u) for u in unary)])
-    costs, rows, columns, values, targets = [*unary], [], [], [], []
-    for i, u in enumerate(unary):
-        _row(rows, columns, values, targets, range(starts[i], starts[i] + len(u)), 1.0, 1.0)
-    size = int(starts[-1])
-    for i, j, table in pairs:
-        allowed = np.argwhere(np.isfinite(table))
-        costs.append(table[np.isfinite(table)])
-        for side, start, count in ((0, starts[i], len(unary[i])), (1, starts[j], len(unary[j]))):
-            for a in range(count):
-                row = len(targets)
-                ys = size + np.flatnonzero(allowed[:, side] == a)
-                _row(rows, columns, values, targets, ys, 1.0, 0.0)
-                rows.append(row)
-                columns.append(int(start) + a)
-                values.append(-1.0)
-        size += len(allowed)
-    integral = np.zeros(size)
-    integral[: starts[-1]] = 1
-    shape = (len(targets), size)
-    limits = [LinearConstraint(coo_array((values, (rows, columns)), shape=shape), targets, targets)]
-    if memory is not None and budget is not None:
-        weights = np.concatenate([*memory, np.zeros(size - starts[-1])])[None] / max(budget, 1.0)
-        limits.append(LinearConstraint(weights, -np.inf, 1.0))
-    found = milp(
-        np.concatenate(costs),
-        constraints=limits,
-        integrality=integral,
-        bounds=Bounds(0, 1),
-        options={"time_limit": time_limit_s, "mip_rel_gap": 1e-9},
+def cells(problem: Problem) -> int:
+    """Return the number of columns of the program."""
+    return sum(problem.sizes) + sum(t.size for _, _, t in problem.pairs)
+
+
+def solve_ilp(problem: Problem, budget_bytes: float | None = None) -> Bounded:
+    """Return the cheapest choice within the budget, if there is one, as far as the nodes reach."""
+    start = np.concatenate([[0], np.cumsum(problem.sizes)]).astype(int)
+    costs, rows = _program(problem, start)
+    finite = np.isfinite(costs)
+    scale = SCALE / max(float(np.abs(costs[finite]).max(initial=0.0)), 1e-300)
+    constraints = [rows]
+    if budget_bytes is not None:
+        constraints.append(_budget(problem, budget_bytes, len(costs)))
+    integral = np.arange(len(costs)) < start[-1]
+    nodes = max(10, min(MAX_NODES, NODE_CELLS // len(costs)))
+    result = milp(
+        np.where(finite, costs, 0.0) * scale,
+        integrality=integral.astype(int),
+        bounds=Bounds(0, np.where(finite, 1.0, 0.0)),
+        constraints=constraints,
+        options={"mip_rel_gap": 0.0, "node_limit": nodes},
     )
-    if found.x is None:
-        return None
-    choice = tuple(
-        int(np.argmax(found.x[starts[i] : starts[i + 1]])) for i in range(len(unary))
-    )
-    bound = found.mip_dual_bound if found.mip_dual_bound is not None else found.fun
-    return Integer(choice, total_cost(unary, pairs, choice), float(bound))
+    bound = getattr(result, "mip_dual_bound", None)
+    lower = np.inf if result.status == 2 else -np.inf if bound is None else bound / scale
+    if result.x is None:
+        return Bounded(None, float(lower))
+    spans = zip(start[:-1], start[1:], strict=True)
+    return Bounded(tuple(int(result.x[a:b].argmax()) for a, b in spans), float(lower))
 
 
-def _row(
-    rows: list[int],
-    columns: list[int],
-    values: list[float],
-    targets: list[float],
-    where: Sequence[int] | range | Array,
-    value: float,
-    target: float,
-) -> None:
-    row = len(targets)
-    for column in where:
-        rows.append(row)
-        columns.append(int(column))
-        values.append(value)
-    targets.append(target)
+def _program(problem: Problem, start: np.ndarray) -> tuple[np.ndarray, LinearConstraint]:
+    """Return the costs of all columns, and the rows that make x a choice and y its pairs."""
+    count, last = len(problem.sizes), int(start[-1])
+    row = [np.repeat(np.arange(count), problem.sizes)]
+    column, value = [np.arange(last)], [np.ones(last)]
+    costs, right = [np.concatenate(problem.unary)], [np.ones(count)]
+    for i, j, table in problem.pairs:
+        flows = last + np.arange(table.size).reshape(table.shape)
+        for v, lines in ((i, flows), (j, flows.T)):
+            own = count + np.arange(len(lines))
+            row += [np.repeat(own, lines.shape[1]), own]
+            column += [lines.ravel(), start[v] + np.arange(len(lines))]
+            value += [np.ones(lines.size), -np.ones(len(lines))]
+            right.append(np.zeros(len(lines)))
+            count += len(lines)
+        costs.append(table.ravel())
+        last += table.size
+    entries = (np.concatenate(value), (np.concatenate(row), np.concatenate(column)))
+    matrix = coo_array(entries, shape=(count, last)).tocsr()
+    equal = np.concatenate(right)
+    return np.concatenate(costs), LinearConstraint(matrix, equal, equal)
 
 
-def total_cost(
-    unary: Sequence[Array], pairs: Sequence[tuple[int, int, Array]], choice: Sequence[int]
-) -> float:
-    """Return the cost of an assignment, summed in the problem's order."""
-    alone = sum(float(u[choice[i]]) for i, u in enumerate(unary))
-    return alone + sum(float(t[choice[i], choice[j]]) for i, j, t in pairs)
+def _budget(problem: Problem, budget_bytes: float, columns: int) -> LinearConstraint:
+    assert problem.memory is not None
+    held = np.concatenate(problem.memory)
+    unit = SCALE / max(float(held.max(initial=0.0)), 1e-300)
+    row = np.concatenate([held * unit, np.zeros(columns - len(held))])[None, :]
+    return LinearConstraint(row, -np.inf, budget_bytes * unit)

@@ -1,52 +1,61 @@
-"""The exact search: one choice per variable, so that unary and pair costs add up to the least.
+"""The exact minimum of a search problem: numbers in, numbers out.
 
-In: a Problem, numbers only. Out: a Solution with its certificate: a bound that no assignment is
-below, equal to the cost where the answer is exact. Dominated choices are pruned; `elimination` is
-exact; what would need too large a table goes to `ilp`. A memory budget enters by a Lagrange
-multiplier, refined by the ILP where a gap remains and the problem is small enough. Ties are broken
-in one place, `elimination._minimise`: the lowest choice wins.
+`solve` eliminates variables. Where tables would be too large it first shrinks the problem (small variables
+eliminated, dominated choices dropped), then splits sums for a lower bound, improves by solving again with
+some variables held, and asks the ILP. A memory budget is priced: for any price >= 0,
+
+    min (seconds + price * bytes) - price * budget  <=  the cheapest plan within the budget
+
+and the best price is found where the two lines of the last plans meet. A gap that remains goes to the ILP.
+Source: Handler and Zang 1980, "A dual algorithm for the constrained shortest path problem".
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from autotp.errors import BudgetError
-from autotp.passes.elimination import Elimination, Memo
-from autotp.passes.ilp import Integer, solve_ilp, total_cost
+from autotp.passes.dominance import factors_of, reduce_to_core, undominated
+from autotp.passes.elimination import (
+    Elimination,
+    Factor,
+    back_substitute,
+    constant,
+    plan_elimination,
+    run,
+)
+from autotp.passes.ilp import cells, solve_ilp
+from autotp.passes.problem import Problem, only_memory, restrict, weigh
 
-Array = np.ndarray
-Pairs = tuple[tuple[int, int, Array], ...]
+EASY_WORK = 2**26
+"""Cells below which an elimination is run as it is: under half a second."""
 
-ILP_ENTRIES = 300_000
-"""Pair entries up to which an integer program is tried to close the gap of a memory budget."""
+MAX_WORK, MAX_HELD = 2**32, 2**27
+"""Cells computed (some 20 s) and kept (1 GB) above which sums are split."""
 
-BISECTIONS = 40
+ILP_CELLS = 60_000
+"""Columns above which the ILP is not asked: the first relaxation alone would take minutes."""
 
+GAP = 1e-9
+"""Share of the cost below which a gap is rounding."""
 
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """What is to be minimised.
-
-    unary    seconds per choice, per variable in graph order
-    pairs    (i, j, seconds [n_i, n_j]); inf where two choices cannot meet. Equal tables should be
-             the same object: they are worked out once
-    memory   bytes per choice, per variable
-    """
-
-    sizes: tuple[int, ...]
-    unary: tuple[Array, ...]
-    pairs: Pairs
-    memory: tuple[Array, ...] | None = None
+PRICES = 60
+HOLDS = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Solution:
-    """The choices, their cost and memory, and what is proved about them."""
+    """One choice per variable, and how good it is.
+
+    lower_bound_s   what no choice (within the budget) beats; equal to cost_s where it is exact
+    width           the most neighbours that an eliminated variable had
+    method          "elimination", "mini-buckets", "ilp", "lagrange" or "lagrange+ilp"
+    """
 
     choice: tuple[int, ...]
     cost_s: float
@@ -57,209 +66,171 @@ class Solution:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A choice without budget: its cost, a lower bound, and how it was found."""
+
+    choice: tuple[int, ...]
+    cost: float
+    lower: float
+    width: int
+    method: str = "elimination"
+
+
+@dataclass(slots=True)
+class _Orders:
+    """Elimination orders by structure: prices change the numbers and not the order."""
+
+    max_table: int
+    known: dict[tuple[object, ...], Elimination] = field(default_factory=dict)
+
+    def order(
+        self,
+        sizes: tuple[int, ...],
+        factors: tuple[Factor, ...],
+        leaves: Sequence[np.ndarray],
+        max_table: int,
+    ) -> Elimination:
+        key = (sizes, factors, max_table)
+        if key not in self.known:
+            shapes = [t.shape for t in leaves]
+            self.known[key] = plan_elimination(sizes, factors, shapes, max_table)
+        return self.known[key]
+
+
 def solve(
     problem: Problem, memory_budget_bytes: float | None = None, *, max_table: int = 2**24
 ) -> Solution:
-    """Return the cheapest choices, within the memory budget if one is given.
+    """Return the cheapest choice, within `memory_budget_bytes` if it is given.
 
-    Raises BudgetError, with the least memory that can do, when nothing fits.
+    No table larger than `max_table` cells is made. The cost is inf where no choice is possible.
+
+    Raises BudgetError if no choice fits the budget.
     """
     start = time.process_time()
-    memo = Memo()
-    free = _minimum(problem, problem.unary, memo, max_table)
-    if memory_budget_bytes is None or problem.memory is None:
-        return replace(free, seconds=time.process_time() - start)
-    if free.memory_bytes > memory_budget_bytes:
-        free = _within(problem, memory_budget_bytes, free, memo, max_table)
-    return replace(free, seconds=time.process_time() - start)
-
-
-def _minimum(
-    problem: Problem, unary: Sequence[Array], memo: Memo, max_table: int
-) -> Solution:
-    """Return the choices of least cost under these unary costs."""
-    kept, small_unary, small_pairs = prune(unary, problem.pairs)
-    sizes = [len(u) for u in small_unary]
-    core = Elimination.start(sizes, small_unary, small_pairs, memo)
-    core.run(max_table, max_neighbours=2)
-    done = _clone(core)
-    method, bound = "elimination", None
-    if done.run(max_table):
-        choice = done.read_back({})
-    else:
-        method = "ilp"
-        choice, bound = _by_ilp(core)
-    whole = tuple(int(kept[v][k]) for v, k in enumerate(choice))
-    cost = total_cost(unary, problem.pairs, whole)
-    memory = _memory(problem, whole)
+    if 0 in problem.sizes:
+        found = _Found((0,) * len(problem.sizes), math.inf, math.inf, 0)
+        return Solution(found.choice, math.inf, math.inf, 0.0, 0, found.method, 0.0)
+    orders = _Orders(max_table)
+    found = _minimise(problem, orders)
+    held = problem.bytes(found.choice)
+    if memory_budget_bytes is not None and math.isfinite(found.cost) and held > memory_budget_bytes:
+        found = _within(problem, memory_budget_bytes, found, orders)
     return Solution(
-        whole, cost, cost if bound is None else min(bound, cost), memory, done.width, method, 0.0
+        choice=found.choice,
+        cost_s=found.cost,
+        lower_bound_s=found.lower,
+        memory_bytes=problem.bytes(found.choice),
+        width=found.width,
+        method=found.method,
+        seconds=time.process_time() - start,
     )
 
 
-def _clone(e: Elimination) -> Elimination:
-    return replace(
-        e,
-        tables=dict(e.tables),
-        of_variable=[list(t) for t in e.of_variable],
-        record=list(e.record),
-        alive=set(e.alive),
+# Without a budget --------------------------------------------------------------------------------
+
+
+def _minimise(problem: Problem, orders: _Orders) -> _Found:
+    """Return the minimum: at once where that is easy, else of the core that is left."""
+    factors, leaves = factors_of(problem)
+    plan = orders.order(problem.sizes, factors, leaves, orders.max_table)
+    if plan.exact and plan.work <= EASY_WORK:
+        return _eliminate(problem, plan, leaves)
+    core = reduce_to_core(problem, orders.max_table)
+    small, kept = undominated(core.problem)
+    best = _minimise_core(small, orders)
+    choice = core.lift([int(k[c]) for k, c in zip(kept, best.choice, strict=True)])
+    cost = problem.seconds(choice)
+    exact = best.lower == best.cost
+    lower = cost if exact else min(cost, best.lower + core.offset_s)
+    return _Found(choice, cost, lower, max(best.width, core.elimination.width), best.method)
+
+
+def _eliminate(problem: Problem, plan: Elimination, leaves: Sequence[np.ndarray]) -> _Found:
+    tables = run(plan, leaves)
+    choice = back_substitute(plan, tables, len(problem.sizes))
+    cost = problem.seconds(choice)
+    lower = cost if plan.exact else min(cost, constant(plan, tables))
+    return _Found(
+        choice, cost, lower, plan.width, "elimination" if plan.exact else "mini-buckets"
     )
 
 
-def _by_ilp(core: Elimination) -> tuple[list[int], float]:
-    """Solve what is left when only variables of at most two neighbours were eliminated."""
-    order = sorted(core.alive)
-    place = {v: k for k, v in enumerate(order)}
-    unary = [np.zeros(core.sizes[v]) for v in order]
-    pairs: dict[tuple[int, int], Array] = {}
-    for scope, table in core.tables.values():
-        if len(scope) == 1:
-            unary[place[scope[0]]] = unary[place[scope[0]]] + table
-            continue
-        i, j = (place[v] for v in scope)
-        key, oriented = ((i, j), table) if i < j else ((j, i), table.T)
-        pairs[key] = pairs[key] + oriented if key in pairs else oriented
-    found = solve_ilp(unary, [(i, j, t) for (i, j), t in pairs.items()])
-    assert found is not None, "the integer program has no solution in time"
-    choice = core.read_back({order[k]: c for k, c in enumerate(found.choice)})
-    return choice, found.bound + core.constant
+def _minimise_core(problem: Problem, orders: _Orders) -> _Found:
+    factors, leaves = factors_of(problem)
+    limit = orders.max_table
+    plan = orders.order(problem.sizes, factors, leaves, limit)
+    while (plan.work > MAX_WORK or plan.held > MAX_HELD) and limit > 1:
+        limit //= 8
+        plan = orders.order(problem.sizes, factors, leaves, limit)
+    found = _eliminate(problem, plan, leaves)
+    if _is_closed(found):
+        return found
+    return _ask_ilp(problem, _improve(problem, found, plan.split, limit))
 
 
-def _memory(problem: Problem, choice: Sequence[int]) -> float:
-    if problem.memory is None:
-        return 0.0
-    return float(sum(float(m[choice[i]]) for i, m in enumerate(problem.memory)))
+def _is_closed(found: _Found) -> bool:
+    return found.cost - found.lower <= GAP * abs(found.cost) or math.isinf(found.lower)
 
 
-# Pruning -------------------------------------------------------------------------------------------
-
-
-def prune(
-    unary: Sequence[Array], pairs: Sequence[tuple[int, int, Array]]
-) -> tuple[list[Array], list[Array], list[tuple[int, int, Array]]]:
-    """Drop choices that another is never worse than; equal variables are worked out once.
-
-    Returns the numbers of the kept choices, and the tables over them.
-    """
-    around: list[list[Array]] = [[] for _ in unary]
-    keys: list[list[tuple[int, int]]] = [[] for _ in unary]
-    for i, j, table in pairs:
-        around[i].append(table)
-        keys[i].append((id(table), 0))
-        around[j].append(table.T)
-        keys[j].append((id(table), 1))
-    memo: dict[tuple[object, ...], Array] = {}
-    kept = []
-    for u, tables, key in zip(unary, around, keys, strict=True):
-        whole_key = (id(u), *key)
-        if whole_key not in memo:
-            memo[whole_key] = undominated(np.concatenate([u[:, None], *tables], axis=1))
-        kept.append(memo[whole_key])
-    cut: dict[tuple[int, ...], Array] = {}
-
-    def narrow(table: Array, *index: Array) -> Array:
-        name = (id(table), *(id(i) for i in index))
-        if name not in cut:
-            cut[name] = table[np.ix_(*index)]
-        return cut[name]
-
-    return (
-        kept,
-        [narrow(u, kept[i]) for i, u in enumerate(unary)],
-        [(i, j, narrow(t, kept[i], kept[j])) for i, j, t in pairs],
-    )
-
-
-def undominated(costs: Array) -> Array:
-    """Return the rows that no other row is at most as large as everywhere; of equals, the first.
-
-    Rows that are infinite against every choice of some neighbour are dropped by the same rule.
-    """
-    if len(costs) == 1:
-        return np.zeros(1, dtype=int)
-    at_most = (costs[:, None, :] <= costs[None, :, :]).all(axis=2)
-    strictly = at_most & ~at_most.T
-    equal_before = np.tril(at_most & at_most.T, -1).any(axis=1)
-    dominated = strictly.any(axis=0) | equal_before
-    return np.flatnonzero(~dominated)
-
-
-# The memory budget ---------------------------------------------------------------------------------
-
-
-def _within(
-    problem: Problem, budget: float, free: Solution, memo: Memo, max_table: int
-) -> Solution:
-    """Minimise seconds + multiplier * bytes, and find the least multiplier that fits."""
-    least = _least_memory(problem, memo, max_table)
-    if least.memory_bytes > budget:
-        raise BudgetError(
-            f"no plan fits {budget / 1e9:.3f} GB on a rank",
-            at=[("least", f"{least.memory_bytes / 1e9:.3f} GB")],
-            remedy="use more ranks, a smaller batch, or a rank with more memory",
-        )
-    best, bound = least, free.cost_s
-    low, high = 0.0, max(free.cost_s, 1e-9) / max(budget, 1.0)
-    for _ in range(BISECTIONS):
-        found = _priced(problem, high, memo, max_table)
-        bound = max(bound, found[1] - high * budget)
-        if found[0].memory_bytes <= budget:
-            best = min(best, found[0], key=lambda s: s.cost_s)
+def _improve(problem: Problem, found: _Found, split: Sequence[int], limit: int) -> _Found:
+    """Solve again with variables of split sums held at their choice: all, halves, then one free."""
+    free_one = [tuple(v for v in split if v != free) for free in split[:HOLDS]]
+    for held in (tuple(split), tuple(split[::2]), tuple(split[1::2]), *free_one):
+        choice = _solve_holding(problem, found.choice, set(held), limit)
+        cost = problem.seconds(choice)
+        if cost < found.cost:
+            found = _Found(choice, cost, min(cost, found.lower), found.width, found.method)
+        if _is_closed(found):
             break
-        low, high = high, 2 * high
-    for _ in range(BISECTIONS):
-        if best.cost_s - bound <= 1e-9 * best.cost_s or high - low <= 1e-6 * high:
-            break
-        middle = (low + high) / 2
-        found = _priced(problem, middle, memo, max_table)
-        bound = max(bound, found[1] - middle * budget)
-        if found[0].memory_bytes <= budget:
-            best, high = min(best, found[0], key=lambda s: s.cost_s), middle
-        else:
-            low = middle
-    best = replace(best, method="lagrange", lower_bound_s=min(bound, best.cost_s))
-    return _refined(problem, budget, best)
+    return found
 
 
-def _priced(
-    problem: Problem, multiplier: float, memo: Memo, max_table: int
-) -> tuple[Solution, float]:
-    """Return the solution under a price per byte, with its true cost, and the priced minimum."""
-    assert problem.memory is not None
-    made: dict[tuple[int, int], Array] = {}
-    unary = []
-    for u, m in zip(problem.unary, problem.memory, strict=True):
-        key = (id(u), id(m))
-        if key not in made:
-            made[key] = u + multiplier * m
-        unary.append(made[key])
-    found = _minimum(problem, unary, Memo(), max_table)
-    cost = total_cost(problem.unary, problem.pairs, found.choice)
-    return replace(found, cost_s=cost), found.lower_bound_s
+def _solve_holding(
+    problem: Problem, choice: Sequence[int], held: set[int], limit: int
+) -> tuple[int, ...]:
+    every = {n: np.arange(n) for n in sorted(set(problem.sizes))}
+    one = {k: np.array([k]) for k in sorted(set(choice))}
+    kept = [one[choice[v]] if v in held else every[n] for v, n in enumerate(problem.sizes)]
+    smaller = restrict(problem, kept)
+    factors, leaves = factors_of(smaller)
+    plan = plan_elimination(smaller.sizes, factors, [t.shape for t in leaves], limit)
+    picks = back_substitute(plan, run(plan, leaves), len(kept))
+    return tuple(int(k[c]) for k, c in zip(kept, picks, strict=True))
 
 
-def _least_memory(problem: Problem, memo: Memo, max_table: int) -> Solution:
-    assert problem.memory is not None
-    possible: dict[int, Array] = {}
-    for _, _, t in problem.pairs:
-        possible.setdefault(id(t), np.where(np.isfinite(t), 0.0, np.inf))
-    pairs = tuple((i, j, possible[id(t)]) for i, j, t in problem.pairs)
-    bare = replace(problem, pairs=pairs)
-    found = _minimum(bare, problem.memory, Memo(), max_table)
-    return replace(found, cost_s=total_cost(problem.unary, problem.pairs, found.choice))
+def _ask_ilp(problem: Problem, found: _Found) -> _Found:
+    """Return the better of `found` and the ILP's choice, with the better of their bounds."""
+    if _is_closed(found) or cells(problem) > ILP_CELLS:
+        return found
+    answer = solve_ilp(problem)
+    choice, cost = found.choice, found.cost
+    if answer.choice is not None and problem.seconds(answer.choice) < cost:
+        choice, cost = answer.choice, problem.seconds(answer.choice)
+    lower = min(cost, max(found.lower, answer.lower_bound_s))
+    return _Found(choice, cost, lower, found.width, "ilp")
 
 
-def _refined(problem: Problem, budget: float, best: Solution) -> Solution:
-    """Close the gap by the integer program, where the problem is small enough for it."""
-    entries = sum(t.size for _, _, t in problem.pairs)
-    if best.cost_s - best.lower_bound_s <= 1e-9 * best.cost_s or entries > ILP_ENTRIES:
+# Within a budget ---------------------------------------------------------------------------------
+
+
+def _within(problem: Problem, budget: float, cheapest: _Found, orders: _Orders) -> _Found:
+    """Return the cheapest choice within `budget`, given the cheapest of all, which is not."""
+    smallest = _minimise(only_memory(problem), orders)
+    if smallest.lower > budget * (1 + GAP):
+        raise _over_budget(problem, budget, smallest.lower)
+    best, seen = _price(problem, budget, cheapest, smallest.choice, orders)
+    if best is not None and _is_closed(best):
         return best
-    found: Integer | None = solve_ilp(problem.unary, problem.pairs, problem.memory, budget)
-    if found is None or _memory(problem, found.choice) > budget * (1 + 1e-9):
-        return best
-    if found.cost < best.cost_s:
-        memory = _memory(problem, found.choice)
-        best = replace(best, choice=found.choice, cost_s=found.cost, memory_bytes=memory)
-    bound = min(max(best.lower_bound_s, found.bound), best.cost_s)
-    return replace(best, lower_bound_s=bound, method="lagrange+ilp")
+    best = _refine(problem, budget, cheapest, best, seen)
+    if best.cost == math.inf:
+        raise _over_budget(problem, budget, problem.bytes(smallest.choice))
+    return best
+
+
+def _over_budget(problem: Problem, budget: float, smallest: float) -> BudgetError:
+    return BudgetError(
+        f"no plan fits {budget / 1e9:.6g} GB per rank",
+        at=[("smallest", f"{smallest / 1e9:.6g} GB is what the plan of least memory needs")],
+        remedy=f"a budget of at least {math.ceil(smallest)} bytes, or more ranks",
+    )
