@@ -24,6 +24,7 @@ from autotp.passes.planning import fingerprint, search_plan
 from autotp.passes.verify import verify
 from autotp.plan import Plan
 from autotp.plan_file import from_json, refuse_other, to_json
+from autotp.progress import stage
 from autotp.ranks import (
     device_of,
     ensure_process_group,
@@ -50,20 +51,24 @@ def compile_rank(
     sharded_outputs: bool = False,
 ) -> Compiled:
     """Return the program of this rank: the six steps from a model to its collectives."""
-    program = capture(model, args, kwargs, train=train)
-    network = read_network(program)
-    factors = infer_factors(network, program.inputs)
+    with stage("capture"):
+        program = capture(model, args, kwargs, train=train)
+        network = read_network(program)
+    with stage("infer factors"):
+        factors = infer_factors(network, program.inputs)
     if plan is None:
-        plan = _agreed(
-            lambda: search_plan(
-                program, network, factors, grid, cluster, pins, rest, sharded_outputs
-            ).plan
-        )
+        with stage("strategies, search, schedule"):
+            plan = _agreed(
+                lambda: search_plan(
+                    program, network, factors, grid, cluster, pins, rest, sharded_outputs
+                ).plan
+            )
     refuse_disagreement("models", str(fingerprint(program)))
     refuse_other(plan, fingerprint(program), grid, train)
     refuse_disagreement("plans", plan.hash)
-    module = emit(program, network, plan, grid.coords(dist.get_rank()), axes)
-    verify(module, network, factors, grid)
+    with stage("emit and verify"):
+        module = emit(program, network, plan, grid.coords(dist.get_rank()), axes)
+        verify(module, network, factors, grid)
     return Compiled(program, plan, module)
 
 
@@ -132,19 +137,17 @@ def plan(
 ) -> Plan:
     """Return the plan of `model` on `grid`: no process group and no weights are needed."""
     args, kwargs = split_inputs(example_inputs)
-    program = capture(model, args, kwargs, train=model.training)
-    network = read_network(program)
-    factors = infer_factors(network, program.inputs)
-    device_type = device_of(list(model.parameters())).type
-    return search_plan(
-        program,
-        network,
-        factors,
-        as_grid(grid),
-        as_cluster(cluster, device_type),
-        pins,
-        sharded_outputs=outputs == "sharded",
-    ).plan
+    chosen = as_cluster(cluster, device_of(list(model.parameters())).type)
+    sharded = outputs == "sharded"
+    with stage("capture"):
+        program = capture(model, args, kwargs, train=model.training)
+        network = read_network(program)
+    with stage("infer factors"):
+        factors = infer_factors(network, program.inputs)
+    with stage("strategies, search, schedule"):
+        return search_plan(
+            program, network, factors, as_grid(grid), chosen, pins, None, sharded
+        ).plan
 
 
 def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -78,13 +78,13 @@ def _merge(
         if parts and tuple(parts) not in sums:
             turned = [tables[t].T if flip else tables[t] for t, flip in parts]
             sums[tuple(parts)] = np.asarray(sum(turned[1:], turned[0]))
-    merged = {s: sums[tuple(parts)] if parts else np.zeros(sizes[s[0]]) for s, parts in terms.items()}
+    merged = {
+        s: sums[tuple(parts)] if parts else np.zeros(sizes[s[0]]) for s, parts in terms.items()
+    }
     return Problem(
         sizes=tuple(sizes[v] for v in left),
         unary=tuple(merged[v,] for v in left),
-        pairs=tuple(
-            (number[s[0]], number[s[1]], merged[s]) for s in sorted(merged) if len(s) == 2
-        ),
+        pairs=tuple((number[s[0]], number[s[1]], merged[s]) for s in sorted(merged) if len(s) == 2),
     )
 
 

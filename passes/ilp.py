@@ -23,6 +23,9 @@ MAX_NODES = 2_000
 NODE_CELLS = 20_000_000
 """Nodes times cells that one call may explore: half a minute."""
 
+MAX_CELLS = 60_000
+"""Columns above which not to ask: the first relaxation alone would take minutes."""
+
 SCALE = 1e3
 """Largest coefficient of the objective and of the budget: the solver's tolerances are absolute (1e-6)."""
 

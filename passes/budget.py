@@ -1,0 +1,128 @@
+"""The cheapest choice within a memory budget: memory is priced, and a gap goes to the ILP.
+
+For any price >= 0 of a byte
+
+    min (seconds + price * bytes) - price * budget  <=  the cheapest choice within the budget
+
+and the best price is found where the lines of two choices meet, one over the budget and one within it.
+Source: Handler and Zang 1980, "A dual algorithm for the constrained shortest path problem".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from autotp.errors import BudgetError
+from autotp.passes.dominance import undominated
+from autotp.passes.ilp import MAX_CELLS, cells, solve_ilp
+from autotp.passes.minimum import GAP, Found, Orders, is_closed, minimise
+from autotp.passes.problem import Problem, only_memory, restrict, weigh
+
+MAX_PRICES = 60
+"""Prices tried; some ten reach the best one."""
+
+MARGIN = 1e-9
+"""Share of the budget by which the ILP's solution may break it: its tolerance; then it is asked again."""
+
+Choice = tuple[int, ...]
+
+
+def within(problem: Problem, budget: float, cheapest: Found, orders: Orders) -> Found:
+    """Return the cheapest choice within `budget`, given the cheapest of all, which is not.
+
+    Raises BudgetError if there is none.
+    """
+    smallest = minimise(only_memory(problem), orders)
+    if smallest.lower > budget * (1 + GAP):
+        raise _over_budget(budget, smallest.lower)
+    seen, lower = _price(problem, budget, cheapest, smallest.choice, orders)
+    best = _best(problem, budget, seen, lower, cheapest.width)
+    if not is_closed(best):
+        best = _refine(problem, budget, best, seen)
+    if best.cost == math.inf:
+        raise _over_budget(budget, problem.bytes(smallest.choice))
+    return best
+
+
+def _best(
+    problem: Problem, budget: float, seen: Sequence[Choice], lower: float, width: int
+) -> Found:
+    """Return the cheapest of `seen` that fits; its cost is inf if none does."""
+    fitting = [c for c in seen if problem.bytes(c) <= budget]
+    costs = [problem.seconds(c) for c in fitting]
+    cost = min(costs, default=math.inf)
+    choice = fitting[costs.index(cost)] if fitting else seen[-1]
+    return Found(choice, cost, min(cost, lower), width, "lagrange")
+
+
+def _price(
+    problem: Problem, budget: float, cheapest: Found, smallest: Choice, orders: Orders
+) -> tuple[list[Choice], float]:
+    """Return the choices that are optimal at some price, the last ends last, and the best bound."""
+    over, fits = cheapest.choice, smallest
+    seen, lower = [], cheapest.lower
+    for _ in range(MAX_PRICES):
+        saved = problem.bytes(over) - problem.bytes(fits)
+        lost = problem.seconds(fits) - problem.seconds(over)
+        if saved <= 0 or lost <= 0:
+            break
+        price = lost / saved
+        found = minimise(weigh(problem, price), orders)
+        lower = max(lower, found.lower - price * budget)
+        seen.append(found.choice)
+        line = problem.seconds(over) + price * problem.bytes(over)
+        if found.cost >= line * (1 - 1e-12):
+            break
+        if problem.bytes(found.choice) <= budget:
+            fits = found.choice
+        else:
+            over = found.choice
+    return [*seen, over, fits], lower
+
+
+def _refine(problem: Problem, budget: float, best: Found, seen: Sequence[Choice]) -> Found:
+    """Ask the ILP: of all choices where that is possible, else of those that some price chose."""
+    small, kept = undominated(problem)
+    if cells(small) <= MAX_CELLS:
+        choice, lower = _ask(small, kept, budget)
+    else:
+        kept = _chosen(problem, list(reversed(seen)))
+        choice, lower = _ask(restrict(problem, kept), kept, budget)[0], best.lower
+    cost, found = best.cost, best.choice
+    if choice is not None and problem.seconds(choice) < cost:
+        cost, found = problem.seconds(choice), choice
+    return Found(found, cost, min(cost, max(lower, best.lower)), best.width, "lagrange+ilp")
+
+
+def _ask(
+    problem: Problem, kept: Sequence[np.ndarray], budget: float
+) -> tuple[Choice | None, float]:
+    """Return the ILP's choice within the budget, in the numbers before `kept`, and its bound."""
+    answer = solve_ilp(problem, budget)
+    picks = answer.choice
+    if picks is not None and problem.bytes(picks) > budget:
+        picks = solve_ilp(problem, budget * (1 - MARGIN)).choice
+    if picks is None or problem.bytes(picks) > budget:
+        return None, answer.lower_bound_s
+    return tuple(int(k[c]) for k, c in zip(kept, picks, strict=True)), answer.lower_bound_s
+
+
+def _chosen(problem: Problem, seen: Sequence[Choice]) -> tuple[np.ndarray, ...]:
+    """Return the choices of each variable that `seen` uses; fewer of `seen` while they are too many."""
+    arrays: dict[tuple[int, ...], np.ndarray] = {}
+    used = [tuple(sorted(set(picks))) for picks in zip(*seen, strict=True)]
+    kept = tuple(arrays.setdefault(u, np.array(u)) for u in used)
+    if len(seen) > 2 and cells(restrict(problem, kept)) > MAX_CELLS:
+        return _chosen(problem, seen[: len(seen) // 2 + 1])
+    return kept
+
+
+def _over_budget(budget: float, smallest: float) -> BudgetError:
+    return BudgetError(
+        f"no plan fits {budget / 1e9:.6g} GB per rank",
+        at=[("smallest", f"{smallest / 1e9:.6g} GB is what the plan of least memory needs")],
+        remedy=f"a budget of at least {math.ceil(smallest)} bytes, or more ranks",
+    )
