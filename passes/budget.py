@@ -4,7 +4,7 @@ For any price >= 0 of a byte
 
     min (seconds + price * bytes) - price * budget  <=  the cheapest choice within the budget
 
-and the best price is found where the lines of two choices meet, one over the budget and one within it.
+and the best price is found where the lines of two choices meet, one over the budget, one within it.
 Source: Handler and Zang 1980, "A dual algorithm for the constrained shortest path problem".
 """
 
@@ -25,7 +25,7 @@ MAX_PRICES = 60
 """Prices tried; some ten reach the best one."""
 
 MARGIN = 1e-9
-"""Share of the budget by which the ILP's solution may break it: its tolerance; then it is asked again."""
+"""Share of the budget that the ILP's tolerance may break; then it is asked again for that less."""
 
 Choice = tuple[int, ...]
 
@@ -111,7 +111,7 @@ def _ask(
 
 
 def _chosen(problem: Problem, seen: Sequence[Choice]) -> tuple[np.ndarray, ...]:
-    """Return the choices of each variable that `seen` uses; fewer of `seen` while they are too many."""
+    """Return the choices of each variable that `seen` uses, or its first half if they are many."""
     arrays: dict[tuple[int, ...], np.ndarray] = {}
     used = [tuple(sorted(set(picks))) for picks in zip(*seen, strict=True)]
     kept = tuple(arrays.setdefault(u, np.array(u)) for u in used)

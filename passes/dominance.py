@@ -1,12 +1,13 @@
 """Smaller problems with the same minimum: small variables eliminated, dominated choices dropped.
 
-`reduce_to_core` eliminates every variable that leaves no table on more than two others, so that what is left is a
-Problem again. `undominated` drops choice a where some b costs no more, alone and beside every choice
-of every neighbour; of equals the lowest stays.
+`reduce_to_core` eliminates every variable that leaves no table on more than two others, so that what
+is left is a Problem again. `undominated` drops choice a where some b costs no more, alone and beside
+every choice of every neighbour; of equals the lowest stays.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -50,11 +51,11 @@ class Core:
         return back_substitute(self.elimination, self.tables, self.size, known)
 
 
-def reduce_to_core(problem: Problem, max_table: int) -> Core:
+def reduce_to_core(problem: Problem) -> Core:
     """Eliminate what has at most two neighbours, until nothing has."""
     factors, leaves = factors_of(problem)
     shapes = [t.shape for t in leaves]
-    plan = plan_elimination(problem.sizes, factors, shapes, max_table, max_arity=2)
+    plan = plan_elimination(problem.sizes, factors, shapes, sys.maxsize, max_arity=2)
     tables = run(plan, leaves)
     gone = {v for v, _ in plan.buckets}
     left = tuple(v for v in range(len(problem.sizes)) if v not in gone)

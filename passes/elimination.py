@@ -1,8 +1,8 @@
 """Exact min-sum variable elimination, with repeated layers computed once.
 
-In: the domain sizes and the factors (a table number, the variables of its axes). `plan_elimination` decides
-the order without touching a number; `run` computes its distinct operations; `back_substitute` reads
-the choices. To eliminate v is to replace the factors that hold v by
+In: the domain sizes and the factors (a table number, the variables of its axes). `plan_elimination`
+decides the order without touching a number; `run` computes its distinct operations;
+`back_substitute` reads the choices. To eliminate v is to replace the factors that hold v by
 
     out[neighbours] = min_v sum_f f[v, neighbours]
 
@@ -78,6 +78,7 @@ class Elimination:
 
     @property
     def exact(self) -> bool:
+        """Say whether the minimum is the true one."""
         return not self.split
 
 
@@ -143,7 +144,7 @@ def _result(p: _Planner, leaves: int) -> Elimination:
 
 
 def _refresh(p: _Planner, variables: Iterable[int]) -> None:
-    """Note again which operation eliminates each variable, and queue the operations that changed."""
+    """Note again which operation eliminates each variable, and queue what changed."""
     touched: dict[int, None] = {}
     for v in variables:
         if v in p.kind:
@@ -182,7 +183,7 @@ def _describe(factors: Sequence[Factor], v: int) -> tuple[Key, tuple[int, ...]]:
 
 
 def _eliminate_all(p: _Planner, number: int) -> set[int]:
-    """Eliminate the variables of one operation that are not neighbours; return who was beside them."""
+    """Eliminate those variables of one operation that are no neighbours; return all theirs."""
     beside: set[int] = set()
     gone = []
     for v in sorted(p.members[number]):

@@ -5,12 +5,14 @@ x_ik = 1 where variable i takes choice k; y_ijkl >= 0 is the flow between choice
     minimise  sum unary x + sum pair y
     where     sum_k x_ik = 1,  sum_l y_ijkl = x_ik,  sum_k y_ijkl = x_jl,  sum bytes x <= budget
 
-Unreachable moves have no y. Work is limited by nodes, not by time, so that every rank finds the same.
+Unreachable moves have no y. Work is limited by nodes, not by time, so that all
+ranks find the same.
 Source: Koster, van Hoesel and Kolen 1998, "The partial constraint satisfaction problem".
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +29,7 @@ MAX_CELLS = 60_000
 """Columns above which not to ask: the first relaxation alone would take minutes."""
 
 SCALE = 1e3
-"""Largest coefficient of the objective and of the budget: the solver's tolerances are absolute (1e-6)."""
+"""Largest coefficient of objective and budget: the solver's tolerances are absolute (1e-6)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,7 @@ class Bounded:
 
 def cells(problem: Problem) -> int:
     """Return the number of columns of the program."""
-    return sum(problem.sizes) + sum(t.size for _, _, t in problem.pairs)
+    return sum(problem.sizes) + sum(int(t.size) for _, _, t in problem.pairs)
 
 
 def solve_ilp(problem: Problem, budget_bytes: float | None = None) -> Bounded:
@@ -65,7 +67,7 @@ def solve_ilp(problem: Problem, budget_bytes: float | None = None) -> Bounded:
     lower = np.inf if result.status == 2 else -np.inf if bound is None else bound / scale
     if result.x is None:
         return Bounded(None, float(lower))
-    spans = zip(start[:-1], start[1:], strict=True)
+    spans = itertools.pairwise(start)
     return Bounded(tuple(int(result.x[a:b].argmax()) for a, b in spans), float(lower))
 
 

@@ -1,8 +1,9 @@
 """The minimum of a problem without a budget: exact where tables stay small, bounded where not.
 
-`minimise` eliminates variables. Where that is too much work it first shrinks the problem (small variables
-eliminated, dominated choices dropped). Where tables would still be too large it splits sums for a
-lower bound, improves its choice by solving again with some variables held, and asks the ILP.
+`minimise` eliminates variables. Where that is too much work it first shrinks the problem (small
+variables eliminated, dominated choices dropped). Where tables would still be too large it splits
+sums for a lower bound, improves its choice by solving again with some variables held, and asks the
+ILP.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ class Orders:
         leaves: Sequence[np.ndarray],
         max_table: int,
     ) -> Elimination:
+        """Return the order of a structure, planned once."""
         key = (sizes, factors, max_table)
         if key not in self.known:
             shapes = [t.shape for t in leaves]
@@ -76,7 +78,7 @@ def minimise(problem: Problem, orders: Orders) -> Found:
     plan = orders.order(problem.sizes, factors, leaves, orders.max_table)
     if plan.exact and plan.work <= EASY_WORK:
         return _eliminate(problem, plan, leaves)
-    core = reduce_to_core(problem, orders.max_table)
+    core = reduce_to_core(problem)
     small, kept = undominated(core.problem)
     best = _minimise_core(small, orders)
     choice = core.lift([int(k[c]) for k, c in zip(kept, best.choice, strict=True)])
@@ -108,6 +110,7 @@ def _minimise_core(problem: Problem, orders: Orders) -> Found:
 
 
 def is_closed(found: Found) -> bool:
+    """Say whether no choice can be better, but for rounding."""
     return found.cost - found.lower <= GAP * abs(found.cost) or math.isinf(found.lower)
 
 

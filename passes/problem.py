@@ -2,8 +2,8 @@
 
 minimise  sum_i unary_i[x_i] + sum_(i,j) pair_ij[x_i, x_j]   over one choice x_i per variable
 
-Repeated layers share their arrays; `restrict`, `weigh` and `intern` keep what is shared shared, so that
-what is done for one layer is done for all.
+Repeated layers share their arrays; `restrict`, `weigh` and `intern` keep what is shared shared, so
+that what is done for one layer is done for all.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Problem:
 
     sizes    number of choices, per variable
     unary    seconds per choice, per variable
-    pairs    (i, j, seconds [choice of i, choice of j]); several of one pair add up; inf is unreachable
+    pairs    (i, j, seconds [choice of i, of j]); several of one pair add up; inf: unreachable
     memory   bytes per choice, per variable
     """
 
@@ -57,6 +57,7 @@ class Shared:
     held: dict[tuple[int, ...], tuple[tuple[object, ...], np.ndarray]] = field(default_factory=dict)
 
     def __call__(self, *arguments: object) -> np.ndarray:
+        """Return the result for these very objects."""
         key = tuple(map(id, arguments))
         if key not in self.held:
             self.held[key] = (arguments, self.make(*arguments))

@@ -86,7 +86,7 @@ def test_equals_brute_force_when_tables_must_stay_small(seed):
 @pytest.mark.parametrize("seed", range(30))
 def test_the_core_has_the_same_minimum(seed):
     problem = random_problem(seed, variables=7, density=0.8)
-    core = reduce_to_core(problem, 2**24)
+    core = reduce_to_core(problem)
     small, kept = undominated(core.problem)
     best = solve(small)
     choice = core.lift([k[c] for k, c in zip(kept, best.choice, strict=True)])
