@@ -59,9 +59,11 @@ def compile_rank(
     if plan is None:
         with stage("strategies, search, schedule"):
             plan = _agreed(
-                lambda: search_plan(
-                    program, network, factors, grid, cluster, pins, rest, sharded_outputs
-                ).plan
+                lambda: (
+                    search_plan(
+                        program, network, factors, grid, cluster, pins, rest, sharded_outputs
+                    ).plan
+                )
             )
     refuse_disagreement("models", str(fingerprint(program)))
     refuse_other(plan, fingerprint(program), grid, train)

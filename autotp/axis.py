@@ -142,11 +142,9 @@ def _wait(pending: Tensor) -> Tensor:
     return done
 
 
-def dist_axes(mesh: DeviceMesh) -> dict[str, Axis]:
-    """Return the axes of a DeviceMesh by name, as this rank sees them."""
-    names = mesh.mesh_dim_names
-    assert names is not None, "an unnamed mesh: autotp.grid names its axes first"
-    return {name: DistAxis(name, mesh.get_group(name)) for name in names}
+def dist_axes(mesh: DeviceMesh, names: Sequence[str]) -> dict[str, Axis]:
+    """Return the axes of a DeviceMesh under `names`, as this rank sees them."""
+    return {name: DistAxis(name, mesh.get_group(a)) for a, name in enumerate(names)}
 
 
 # Simulated ranks -------------------------------------------------------------------------------

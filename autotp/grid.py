@@ -34,9 +34,7 @@ class Grid:
                 remedy="give one integer of at least 1 per axis, such as grid=(2, 2)",
             )
         if len(set(self.names)) != len(self.names):
-            raise GridError(
-                f"grid axes {self.names} repeat a name", remedy="name each axis once"
-            )
+            raise GridError(f"grid axes {self.names} repeat a name", remedy="name each axis once")
 
     @property
     def world_size(self) -> int:
@@ -79,11 +77,9 @@ def as_grid(grid: Grid | int | tuple[int, ...] | Mapping[str, int] | Any) -> Gri
         return Grid(("col",), (grid,))
     if isinstance(grid, Mapping):
         return Grid(tuple(grid), tuple(grid.values()))
-    if hasattr(grid, "mesh_dim_names"):  # a torch DeviceMesh
-        sizes = tuple(grid.shape)
-        return Grid(tuple(grid.mesh_dim_names or default_names(len(sizes))), sizes)
-    sizes = tuple(grid)
-    return Grid(default_names(len(sizes)), sizes)
+    names = getattr(grid, "mesh_dim_names", ())
+    sizes = tuple(getattr(grid, "shape", grid))  # a torch DeviceMesh has a shape
+    return Grid(tuple(names or default_names(len(sizes))), sizes)
 
 
 def default_names(axes: int) -> tuple[str, ...]:

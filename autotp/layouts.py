@@ -158,7 +158,7 @@ def is_valid(shape: Sequence[int], layout: Layout, grid: Grid) -> bool:
 
 def _dim_is_valid(size: int, layout: Layout, dim: int, grid: Grid) -> bool:
     axes = splitters(layout, dim)
-    all_parts = {layout[a].parts for a in axes}  # type: ignore[union-attr] - splitters are shards
+    all_parts = {t.parts for t in layout if isinstance(t, Shard) and t.dim == dim}
     if len(all_parts) != 1:
         return False
     parts = all_parts.pop()

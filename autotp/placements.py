@@ -1,8 +1,12 @@
-"""DTensor placements of layouts. The one module that touches torch's private `_StridedShard`."""
+"""DTensor placements of layouts, and the way between a DTensor and its local tensor.
+
+The one module that touches what torch keeps private: `_StridedShard`, `_spec`, `_local_tensor`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,3 +46,29 @@ def as_parameter(
 ) -> nn.Parameter:
     """Return the DTensor parameter of which this rank holds `local`."""
     return nn.Parameter(as_dtensor(local, layout, shape, mesh), requires_grad=trained)
+
+
+class _Local(torch.autograd.Function):
+    """Hand out the local tensor of a DTensor parameter; its gradient rests as the parameter does.
+
+    `DTensor.to_local` does the same, and works out the gradient's shape and stride every time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, whole: DTensor) -> Tensor:
+        ctx.spec = whole._spec
+        return whole._local_tensor.view_as(whole._local_tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> DTensor:
+        held = gradient.contiguous()
+        return DTensor(held, ctx.spec, requires_grad=held.requires_grad)  # type: ignore[no-untyped-call]
+
+
+def local_tensor(parameter: Tensor) -> Tensor:
+    """Return the local tensor of a DTensor parameter, differentiably."""
+    assert isinstance(parameter, DTensor), type(parameter)
+    if not (parameter.requires_grad and torch.is_grad_enabled()):
+        return parameter._local_tensor
+    out: Tensor = _Local.apply(parameter)  # type: ignore[no-untyped-call]
+    return out

@@ -9,14 +9,20 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from autotp.errors import PlanError
 from autotp.grid import Grid
 from autotp.layouts import Layout, Shape
+
+if TYPE_CHECKING:
+    from sympy import Expr, Symbol
+
+    from autotp.report import Explanation
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +35,7 @@ class Decision:
     operands  the layout in which each operand is read, `results` in which each result is made
     reads     the values it reads, `makes` those that it makes, by graph name
     shapes    the whole shapes of its results; `dims` their dims by name; `dtype` of the first
+    free      says that it only renames what it reads, as views do
     """
 
     name: str
@@ -46,6 +53,7 @@ class Decision:
     memory_bytes: int
     axes: tuple[str, ...]
     where: str = ""
+    free: bool = False
 
     @property
     def factors(self) -> dict[str, str]:
@@ -79,13 +87,18 @@ class PlannedMove:
 
 @dataclass(frozen=True, slots=True)
 class Resting:
-    """How a parameter rests: its layout, whole shape and dtype, and the bytes it takes here."""
+    """How a parameter rests: its layout, whole shape and dtype, and the bytes it takes here.
+
+    value, dims   its name in the graph, and its dims by name
+    """
 
     layout: Layout
     shape: Shape
     dtype: str
     local_bytes: int
     trained: bool
+    value: str = ""
+    dims: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,12 +116,27 @@ class Memory:
 
 
 @dataclass(frozen=True, slots=True)
+class Alternative:
+    """What a whole plan takes in which one op chooses `choice`, such as `o/col`."""
+
+    choice: str
+    step_time_s: float
+    comm_bytes: Fraction
+    memory_bytes: int
+
+
+Alternatives = Callable[[str], Sequence[Alternative]]
+"""The best plans in which the op of this name chooses otherwise, best first."""
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """A complete plan; see the fields' types.
 
     model      what the plan belongs to: inputs, parameters and their shapes
     internal   bytes that local programs send themselves: (op name, axis, collective, bytes)
     outputs    the layout in which each output is returned before it is handed to the user
+    alternatives   plans again with one op made to choose otherwise; a loaded plan has none
     """
 
     grid: Grid
@@ -127,7 +155,7 @@ class Plan:
     search_s: float = field(compare=False)
     method: str = ""
     unruled: tuple[tuple[str, int], ...] = ()
-    alternatives: object = field(default=None, compare=False, repr=False)
+    alternatives: Alternatives | None = field(default=None, compare=False, repr=False)
 
     def __getitem__(self, name: str) -> Decision:
         """Return the decision of the op called `name`. Raises PlanError with the nearest names."""
@@ -168,6 +196,41 @@ class Plan:
     def gap(self) -> float:
         """How far the plan may be from the best, as a share of its own time."""
         return 1 - self.lower_bound_s / self.step_time_s if self.step_time_s else 0.0
+
+    def __str__(self) -> str:
+        from autotp.report import plan_text
+
+        return plan_text(self)
+
+    def explain(self, name: str) -> Explanation:
+        """Set the choice of the op called `name` against its three best runners-up.
+
+        Raises PlanError for a plan that was loaded: it holds choices, not the search.
+        """
+        from autotp.report import explain
+
+        return explain(self, name)
+
+    def formula(self, unit: str = "elements") -> Expr:
+        """Return what a rank sends for one repeated layer, forward and backward, in symbols.
+
+        In "elements", or in "bytes": exactly those of the layer's moves under `formula_sizes`.
+        """
+        from autotp.formula import layer_formula
+
+        return layer_formula(self, unit)
+
+    def formula_total(self, unit: str = "elements") -> Expr:
+        """Return what a rank sends in one whole step, as `formula` does for a layer."""
+        from autotp.formula import total_formula
+
+        return total_formula(self, unit)
+
+    def formula_sizes(self) -> dict[Symbol, int]:
+        """Return the numbers that the symbols of the formulas stand for."""
+        from autotp.formula import symbol_sizes
+
+        return symbol_sizes(self)
 
     def save(self, path: str | Path) -> None:
         """Write the plan to a file as versioned JSON."""

@@ -26,10 +26,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "train": plan.train,
         "model": dict(plan.model),
         "ops": [_decision_data(d) for d in plan.decisions],
-        "parameters": {
-            name: [layout_text(r.layout), list(r.shape), r.dtype, r.local_bytes, r.trained]
-            for name, r in plan.params.items()
-        },
+        "parameters": {name: _resting_data(r) for name, r in plan.params.items()},
         "copies": {v: layout_text(c) for v, c in plan.copies.items()},
         "outputs": [None if c is None else layout_text(c) for c in plan.outputs],
         "moves": [_move_data(m) for m in plan.moves],
@@ -45,6 +42,11 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "method": plan.method,
         "unruled": [list(row) for row in plan.unruled],
     }
+
+
+def _resting_data(r: Resting) -> list[Any]:
+    state = [r.dtype, r.local_bytes, r.trained]
+    return [layout_text(r.layout), list(r.shape), *state, r.value, list(r.dims)]
 
 
 def _decision_data(d: Decision) -> dict[str, Any]:
@@ -63,6 +65,7 @@ def _decision_data(d: Decision) -> dict[str, Any]:
         "seconds": d.seconds,
         "memory_bytes": d.memory_bytes,
         "where": d.where,
+        "free": d.free,
     }
 
 
@@ -96,10 +99,7 @@ def _read(data: Mapping[str, Any]) -> Plan:
         train=data["train"],
         model=data["model"],
         decisions=tuple(_read_decision(d, axes) for d in data["ops"]),
-        params={
-            name: Resting(parse_layout(c), tuple(shape), dtype, size, trained)
-            for name, (c, shape, dtype, size, trained) in data["parameters"].items()
-        },
+        params={name: _read_resting(row) for name, row in data["parameters"].items()},
         copies={v: parse_layout(c) for v, c in data["copies"].items()},
         outputs=tuple(None if c is None else parse_layout(c) for c in data["outputs"]),
         moves=tuple(_read_move(row) for row in data["moves"]),
@@ -111,6 +111,12 @@ def _read(data: Mapping[str, Any]) -> Plan:
         method=data["method"],
         unruled=tuple((op, n) for op, n in data["unruled"]),
     )
+
+
+def _read_resting(row: list[Any]) -> Resting:
+    layout, shape, dtype, local_bytes, trained, value, dims = row
+    whole = tuple(shape)
+    return Resting(parse_layout(layout), whole, dtype, local_bytes, trained, value, tuple(dims))
 
 
 def _read_decision(d: Mapping[str, Any], axes: tuple[str, ...]) -> Decision:
@@ -130,6 +136,7 @@ def _read_decision(d: Mapping[str, Any], axes: tuple[str, ...]) -> Decision:
         memory_bytes=d["memory_bytes"],
         axes=axes,
         where=d["where"],
+        free=d["free"],
     )
 
 

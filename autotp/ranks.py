@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -55,16 +57,38 @@ def from_rank_0(value: Any) -> Any:
     return box[0]
 
 
-def refuse_disagreement(what: str, value: str) -> None:
-    """Raise RuntimeStateError if `value` differs between ranks, naming them."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    if len(set(values)) > 1:
-        raise RuntimeStateError(
-            f"the ranks have different {what}",
-            at=[(f"rank {rank}", str(v)) for rank, v in enumerate(values)],
-            remedy="give every rank the same model, inputs and versions",
-        )
+def refuse_disagreement(what: str, mine: Mapping[str, str], remedy: str) -> None:
+    """Raise RuntimeStateError on all ranks, naming those whose values differ from rank 0's."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    if len(everyone) > 1:
+        dist.all_gather_object(everyone, dict(mine))
+    first, *others = everyone
+    at = [(f"rank {rank}", _difference(first, o)) for rank, o in enumerate(others, 1) if o != first]
+    if at:
+        raise RuntimeStateError(f"the ranks have different {what}", at=at, remedy=remedy)
+
+
+def _difference(first: Mapping[str, str], other: Mapping[str, str]) -> str:
+    names = [n for n in {**first, **other} if first.get(n) != other.get(n)]
+    here, there = (values.get(names[0], "absent") for values in (other, first))
+    more = f", and {len(names) - 1} more" if names[1:] else ""
+    return f"{names[0]}: {here}, rank 0 {there}{more}"
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """Return a digest of a tensor's bytes."""
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.blake2b(data.numpy().tobytes(), digest_size=8).hexdigest()
+
+
+def checksum(tensor: torch.Tensor) -> str:
+    """Return a checksum that costs two reductions where the tensor is; none for a meta tensor."""
+    if tensor.is_meta:
+        return "meta"
+    whole = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    bits = int(torch.hash_tensor(whole.detach()).item())
+    total = float(whole.detach().sum(dtype=torch.float64).item())
+    return f"{bits:x} {total!r}"
 
 
 def device_of(parameters: list[torch.Tensor]) -> torch.device:

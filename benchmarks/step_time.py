@@ -161,9 +161,7 @@ def four_ranks(rounds: int) -> dict[str, float]:
     pins = schemes.megatron(model, (1, 4), inputs)
     theirs = copy.deepcopy(model)
     ours = autotp.parallelize(model, grid=(1, 4), example_inputs=inputs, pins=pins)
-    return compare(
-        stepper(ours, inputs), stepper(torch_1d(theirs), inputs, loss_parallel), rounds
-    )
+    return compare(stepper(ours, inputs), stepper(torch_1d(theirs), inputs, loss_parallel), rounds)
 
 
 def main() -> None:

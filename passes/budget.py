@@ -5,11 +5,14 @@ For any price >= 0 of a byte
     min (seconds + price * bytes) - price * budget  <=  the cheapest choice within the budget
 
 and the best price is found where the lines of two choices meet, one over the budget, one within it.
+Equal layers change sides at one price, all together: `_mixes` lets the first layers take the one
+choice and the last layers the other. A gap that remains goes to the ILP.
 Source: Handler and Zang 1980, "A dual algorithm for the constrained shortest path problem".
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -40,6 +43,9 @@ def within(problem: Problem, budget: float, cheapest: Found, orders: Orders) -> 
         raise _over_budget(budget, smallest.lower)
     seen, lower = _price(problem, budget, cheapest, smallest.choice, orders)
     best = _best(problem, budget, seen, lower, cheapest.width)
+    if not is_closed(best):
+        mixes = _mixes(problem, budget, list(dict.fromkeys(seen)))
+        best = _best(problem, budget, [*seen, *mixes], lower, cheapest.width)
     if not is_closed(best):
         best = _refine(problem, budget, best, seen)
     if best.cost == math.inf:
@@ -81,6 +87,35 @@ def _price(
         else:
             over = found.choice
     return [*seen, over, fits], lower
+
+
+def _mixes(problem: Problem, budget: float, seen: Sequence[Choice]) -> list[Choice]:
+    """Return, of each two of `seen`, the cheapest that begins as one, ends as the other and fits."""
+    out = []
+    for first, last in itertools.permutations(seen, 2):
+        held, costs = _mixed(problem, first, last)
+        cut = int(np.argmin(np.where(held <= budget, costs, np.inf)))
+        out.append(first[:cut] + last[cut:])
+    return out
+
+
+def _mixed(problem: Problem, first: Choice, last: Choice) -> tuple[np.ndarray, np.ndarray]:
+    """Return bytes and seconds of `first[:cut] + last[cut:]` for every cut, by differences."""
+    count = len(problem.sizes)
+    held, costs, never = np.zeros(count + 1), np.zeros(count + 1), np.zeros(count + 1)
+    assert problem.memory is not None
+    for v, (u, m) in enumerate(zip(problem.unary, problem.memory, strict=True)):
+        costs[v + 1] += u[first[v]] - u[last[v]]
+        held[v + 1] += m[first[v]] - m[last[v]]
+    for a, b, table in problem.pairs:
+        i, j, t = (a, b, table) if a < b else (b, a, table.T)
+        stages = (t[last[i], last[j]], t[first[i], last[j]], t[first[i], first[j]])
+        for at, value, gone in zip((0, i + 1, j + 1), stages, (0.0, *stages), strict=False):
+            costs[at] += (value if value < np.inf else 0.0) - (gone if gone < np.inf else 0.0)
+            never[at] += float(value == np.inf) - float(gone == np.inf)
+    held[0] += problem.bytes(last)
+    costs[0] += sum(float(u[k]) for u, k in zip(problem.unary, last, strict=True))
+    return np.cumsum(held), np.where(np.cumsum(never) > 0, np.inf, np.cumsum(costs))
 
 
 def _refine(problem: Problem, budget: float, best: Found, seen: Sequence[Choice]) -> Found:

@@ -13,6 +13,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from autotp.grid import Grid
 from autotp.layouts import AxisType, I, Layout, P, R, Shard, is_valid, shard
 from autotp.passes.factors import Factors, Way
@@ -110,7 +112,7 @@ def axis_choices(op: Op, typing: Typing, factors: Factors) -> list[AxisChoice]:
     found = [whole_i]
     if any(typing.operands):
         found.append(_typed("R", R, R, typing))
-    found += _partial_choices(op, typing)
+    found += [c for c in _partial_choices(op, typing) if _keeps_terms(c, op)]
     found += _split_choices(op, typing, factors)
     return found
 
@@ -144,20 +146,44 @@ def _partial_choices(op: Op, typing: Typing) -> Iterator[AxisChoice]:
         yield AxisChoice("P", tuple(types), (P,) * len(typing.results))
 
 
+def _keeps_terms(choice: AxisChoice, op: Op) -> bool:
+    """A bool is no term of a sum, and a term that is rounded to an integer no longer adds up."""
+    tensors = [t for t in op.call.operands if t]
+    summed = [t.dtype for t, a in zip(tensors, choice.operands, strict=True) if a is P]
+    made = [t.dtype for t in op.call.results]
+    rounded = any(d.is_floating_point for d in summed) and not all(
+        d.is_floating_point for d in made
+    )
+    return not rounded and torch.bool not in (*summed, *made)
+
+
 def _split_choices(op: Op, typing: Typing, factors: Factors) -> Iterator[AxisChoice]:
-    sig = op.signature
-    rows = sig.blocks()
+    for name, ways in split_ways(op, factors).items():
+        choice = _split(op, typing, ways, name)
+        if choice:
+            yield choice
+
+
+def split_ways(op: Op, factors: Factors) -> dict[str, dict[str, Way]]:
+    """Return the ways in which one axis may split factors of `op`, by names that differ."""
+    out: dict[str, dict[str, Way]] = {}
+    seen: dict[str, int] = {}
+    for name, ways in _named_ways(op, factors):
+        seen[name] = seen.get(name, 0) + 1
+        out[name if seen[name] == 1 else f"{name}{seen[name]}"] = ways
+    return out
+
+
+def _named_ways(op: Op, factors: Factors) -> Iterator[tuple[str, dict[str, Way]]]:
+    rows = op.signature.blocks()
     in_rows = {f for row in rows for f in row}
-    for factor in sig.factors():
-        if factor in sig.whole or factor in in_rows:
-            continue
-        ways = factors.ways(op.name, factor)
-        for way in ways:
-            choice = _split(op, typing, {factor: way}, _way_name(factor, way, ways, factors))
-            if choice:
-                yield choice
+    for factor in op.signature.factors():
+        if factor not in op.signature.whole and factor not in in_rows:
+            ways = factors.ways(op.name, factor)
+            for way in ways:
+                yield _way_name(factor, way, ways, factors), {factor: way}
     for row in rows:
-        yield from _row_choices(op, typing, row, factors)
+        yield from _row_ways(op, row, factors)
 
 
 def _way_name(factor: str, way: Way, ways: Sequence[Way], factors: Factors) -> str:
@@ -166,23 +192,17 @@ def _way_name(factor: str, way: Way, ways: Sequence[Way], factors: Factors) -> s
     return plain if len(ways) == 1 else f"{plain}.{factors.name(way.atom)}"
 
 
-def _row_choices(
-    op: Op, typing: Typing, row: tuple[str, ...], factors: Factors
-) -> Iterator[AxisChoice]:
+def _row_ways(
+    op: Op, row: tuple[str, ...], factors: Factors
+) -> Iterator[tuple[str, dict[str, Way]]]:
     """Split all blocks of a row by an atom that they share, or each by its own chunks."""
     ways = [{w.atom: w for w in factors.ways(op.name, f)} for f in row]
     shared = [a for a in ways[0] if all(a in w for w in ways)]
     for atom in shared:
-        each = {f: w[atom] for f, w in zip(row, ways, strict=True)}
-        choice = _split(op, typing, each, factors.name(atom))
-        if choice:
-            yield choice
+        yield factors.name(atom), {f: w[atom] for f, w in zip(row, ways, strict=True)}
     if not shared:
         sizes = op.signature.sizes
-        each = {f: Way(-1, (sizes[f],), sizes[f], False) for f in row}
-        choice = _split(op, typing, each, "|".join(row))
-        if choice:
-            yield choice
+        yield "|".join(row), {f: Way(-1, (sizes[f],), sizes[f], False) for f in row}
 
 
 def _split(op: Op, typing: Typing, ways: dict[str, Way], name: str) -> AxisChoice | None:
@@ -219,9 +239,7 @@ def factor_is_nonlinear(op: Op, sig: Signature, ways: dict[str, Way]) -> bool:
 
 def _split_type(dims: Sequence[Dim], ways: dict[str, Way], sig: Signature) -> AxisType | None:
     """Return the shard of the dim that holds the factors, None if none does, P if two do."""
-    found = [
-        shard(d, parts) for d, dim in enumerate(dims) if (parts := _dim_parts(dim, ways, sig))
-    ]
+    found = [shard(d, parts) for d, dim in enumerate(dims) if (parts := _dim_parts(dim, ways, sig))]
     return P if len(found) > 1 else found[0] if found else None
 
 

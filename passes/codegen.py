@@ -89,7 +89,7 @@ def emit(
 
 
 def _stands_for_result(node: fx.Node, ops: Mapping[str, object]) -> bool:
-    return is_getitem(node) and node.args[0].name in ops  # type: ignore[union-attr]
+    return is_getitem(node) and node.all_input_nodes[0].name in ops
 
 
 def _emit_placeholder(e: _Emitter, node: fx.Node) -> None:
@@ -164,9 +164,7 @@ def _localized(e: _Emitter, call: Call, decision: Decision) -> Call:
     operands, layouts = [], iter(decision.operands)
     for t in call.operands:
         operands.append(t and _local_tensor(e, t, next(layouts)))
-    results = [
-        _local_tensor(e, t, c) for t, c in zip(call.results, decision.results, strict=True)
-    ]
+    results = [_local_tensor(e, t, c) for t, c in zip(call.results, decision.results, strict=True)]
     return replace(call, operands=tuple(operands), results=tuple(results))
 
 

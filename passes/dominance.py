@@ -1,8 +1,8 @@
 """Smaller problems with the same minimum: small variables eliminated, dominated choices dropped.
 
-`reduce_to_core` eliminates every variable that leaves no table on more than two others, so that what
-is left is a Problem again. `undominated` drops choice a where some b costs no more, alone and beside
-every choice of every neighbour; of equals the lowest stays.
+`reduce_to_core` eliminates every variable that leaves no table on more than two others, so that
+what is left is a Problem again. `undominated` drops choice a where some b costs no more, alone and
+beside every choice of every neighbour; of equals the lowest stays.
 """
 
 from __future__ import annotations

@@ -249,15 +249,16 @@ def _unify_op(
     of_value: Mapping[tuple[str, int], Id],
 ) -> None:
     sig = op.signature
-    rows = [*zip(op.operands, sig.operands, strict=True), *zip(op.results, sig.results, strict=True)]
+    rows = [
+        *zip(op.operands, sig.operands, strict=True),
+        *zip(op.results, sig.results, strict=True),
+    ]
     for value, dims in rows:
         for d, dim in enumerate(dims):
             _unify_dim(of_value[value, d], dim, op.name, atoms, of_op)
 
 
-def _unify_dim(
-    x: Id, dim: Dim, op: str, atoms: Atoms, of_op: Mapping[tuple[str, str], Id]
-) -> None:
+def _unify_dim(x: Id, dim: Dim, op: str, atoms: Atoms, of_op: Mapping[tuple[str, str], Id]) -> None:
     blocks = [_product([of_op[op, f] for f in product], atoms) for product in dim if product]
     if len(blocks) > 1:
         atoms.define(x, "row", blocks)
@@ -306,5 +307,7 @@ def _compose_name(x: Id, atoms: Atoms, names: dict[Id, str]) -> str:
         elif kind == "row":
             names[x] = "(" + "|".join(parts) + ")"
         else:
-            names[x] = f"({' '.join(p.strip('()') for p in parts)})" if parts else str(atoms.sizes[x])
+            names[x] = (
+                f"({' '.join(p.strip('()') for p in parts)})" if parts else str(atoms.sizes[x])
+            )
     return names[x]

@@ -55,7 +55,7 @@ def solve_ilp(problem: Problem, budget_bytes: float | None = None) -> Bounded:
     if budget_bytes is not None:
         constraints.append(_budget(problem, budget_bytes, len(costs)))
     integral = np.arange(len(costs)) < start[-1]
-    nodes = max(10, min(MAX_NODES, NODE_CELLS // len(costs)))
+    nodes = max(10, min(MAX_NODES, int(NODE_CELLS) // len(costs)))
     result = milp(
         np.where(finite, costs, 0.0) * scale,
         integrality=integral.astype(int),

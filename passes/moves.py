@@ -76,18 +76,14 @@ class Moves:
     cluster: Cluster
     _tables: dict[tuple[object, ...], MoveTable] = field(default_factory=dict)
 
-    def table(
-        self, shape: Shape, dtype: torch.dtype, grad: bool, types: AxisTypes
-    ) -> MoveTable:
+    def table(self, shape: Shape, dtype: torch.dtype, grad: bool, types: AxisTypes) -> MoveTable:
         """Return the table of a value whose axes may have these types."""
         key = (shape, dtype, grad, types)
         if key not in self._tables:
             self._tables[key] = self._compute(shape, dtype, grad, types)
         return self._tables[key]
 
-    def _compute(
-        self, shape: Shape, dtype: torch.dtype, grad: bool, types: AxisTypes
-    ) -> MoveTable:
+    def _compute(self, shape: Shape, dtype: torch.dtype, grad: bool, types: AxisTypes) -> MoveTable:
         layouts = tuple(c for c in itertools.product(*types) if is_valid(shape, c, self.grid))
         number = {layout: k for k, layout in enumerate(layouts)}
         seconds = np.full((len(layouts), len(layouts)), np.inf)
@@ -146,7 +142,7 @@ class Moves:
         move = move_of(before[axis], after[axis])
         assert move is not None
         held = [self.local_bytes(shape, dtype, c) for c in (before, after)]
-        size = wire_bytes(before[axis], after[axis], *held, self.grid.sizes[axis])
+        size = wire_bytes(before[axis], after[axis], held[0], held[1], self.grid.sizes[axis])
         if isinstance(t := after[axis], Shard) and move.forward == "all_to_all":
             local = largest_shape(shape, before, self.grid)
             size = exchange_bytes(local, before[axis], t, self.grid.sizes[axis]) * dtype.itemsize

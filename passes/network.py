@@ -86,9 +86,7 @@ def read_network(program: Program) -> Network:
             ops.append(_op(node, unruled))
             made.update(ops[-1].results)
     read = {v for op in ops for v in op.operands}
-    outputs = tuple(
-        value_name(a) if isinstance(a, fx.Node) else None for a in output_args(program)
-    )
+    outputs = tuple(value_name(a) if isinstance(a, fx.Node) else None for a in output_args(program))
     wanted = read | {o for o in outputs if o} | made
     kept = {n: v for n, v in values.items() if n in wanted or n in program.params}
     sources = tuple(n for n in kept if n not in made)
@@ -120,7 +118,7 @@ def is_getitem(node: fx.Node) -> bool:
 def value_name(node: fx.Node) -> str:
     """Return the value that a node stands for; a getitem stands for a result of its operand."""
     if is_getitem(node):
-        return f"{node.args[0].name}.{node.args[1]}"  # type: ignore[union-attr]
+        return f"{node.all_input_nodes[0].name}.{node.args[1]}"
     return node.name
 
 
@@ -179,17 +177,22 @@ def read_call(node: fx.Node) -> tuple[Call, tuple[str, ...]]:
             names.append(value_name(value))
         elif "Tensor" in argument:
             operands.append(None)
-    args = fx.node.map_arg(node.args, lambda n: describe(n))
-    kwargs = fx.node.map_arg(node.kwargs, lambda n: describe(n))
+    args, kwargs = described(node.args), described(node.kwargs)
     results = tuple(Tensor(tuple(v.shape), v.dtype) for _, v in results_of(node))
     while operands and operands[-1] is None:
         operands.pop()
     return Call(node.target, tuple(args), kwargs, tuple(operands), results), tuple(names)
 
 
-def describe(node: fx.Node) -> Tensor | Any:
-    """Return the shape and dtype of a node's value."""
-    val = _val(node)
+def described(arguments: Any) -> Any:
+    """Return arguments with every node replaced by the shape and dtype of its value."""
+    if isinstance(arguments, list | tuple):
+        return tuple(described(a) for a in arguments)
+    if isinstance(arguments, Mapping):
+        return {name: described(a) for name, a in arguments.items()}
+    if not isinstance(arguments, fx.Node):
+        return arguments
+    val = _val(arguments)
     return Tensor(tuple(val.shape), val.dtype) if isinstance(val, torch.Tensor) else val
 
 

@@ -386,6 +386,7 @@ SPELLINGS: dict[Any, Rewrite] = {
     aten.reshape.default: reshaped,
     aten.reshape_as.default: reshaped,
     aten.slice.Tensor: same_if_whole,
+    aten.squeeze.default: reshaped,
     aten.to.device: converted,
     aten.to.dtype: converted,
     aten.to.dtype_layout: converted,

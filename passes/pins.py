@@ -1,7 +1,8 @@
 """Pins: choices that the user fixes, by module-path pattern.
 
     {"transformer.h.*.mlp.c_fc": {"col": "o"}}              an op's factor on an axis, or I, R, P
-    {"transformer.h.*.mlp.c_fc.weight": {"col": "S(1)"}}    a parameter's resting type on an axis
+    {"transformer.h.*.mlp.c_fc.weight": {"col": "S(1)"}}    a parameter's resting type on an axis:
+                                                            I, S(d), or S for any dim
 
 A pattern that matches nothing, an axis that the grid lacks and a choice that no matched op has are
 refused together, with the legal values.
@@ -35,6 +36,10 @@ class PinFilter:
     names: Mapping[str, str]
     params: Mapping[str, str]
     misfits: list[tuple[str, str]] = field(default_factory=list)
+    wild: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.wild = tuple(p for p in self.pins if is_wild(p))
 
     def op(self, op: Op, strategies: Sequence[Strategy]) -> Sequence[int]:
         """Return the numbers of the strategies that every pin on this op allows."""
@@ -59,11 +64,11 @@ class PinFilter:
         return kept
 
     def _wanted(self, name: str) -> Iterator[tuple[int, str]]:
-        for pattern, axes in self.pins.items():
-            if matches(pattern, name):
-                for axis, wanted in axes.items():
-                    if self.grid.sizes[self.grid.axis(axis)] > 1:
-                        yield self.grid.axis(axis), wanted
+        exact = [name] if name in self.pins else []
+        for pattern in [*exact, *(p for p in self.wild if matches(p, name))]:
+            for axis, wanted in self.pins[pattern].items():
+                if self.grid.sizes[self.grid.axis(axis)] > 1:
+                    yield self.grid.axis(axis), wanted
 
     def _note(self, name: str, axis: int, wanted: str, legal: list[str]) -> None:
         on = f"{self.grid.names[axis]!r} of {self.grid.sizes[axis]}"
@@ -73,6 +78,11 @@ class PinFilter:
 @functools.cache
 def _pattern(pattern: str) -> re.Pattern[str]:
     return re.compile(fnmatch.translate(pattern))
+
+
+def is_wild(pattern: str) -> bool:
+    """Say whether a pattern has wildcards, or names one path."""
+    return any(c in pattern for c in "*?[")
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -88,23 +98,28 @@ def fits(choice: AxisChoice, wanted: str) -> bool:
 
 
 def type_fits(t: object, wanted: str) -> bool:
-    """Say whether a resting type is what a pin names: `I`, or `S(d)` with whatever blocks."""
+    """Say whether a resting type is what a pin names: `I`, `S`, or `S(d)` with whatever blocks."""
     if isinstance(t, Shard):
-        return wanted in (str(t), f"S({t.dim})")
+        return wanted in (str(t), f"S({t.dim})", "S")
     return wanted == str(t)
 
 
 def check_pins(pins: Pins, grid: Grid, program: Program, network: Network) -> None:
     """Refuse patterns that match nothing and axes that the grid does not have, all at once."""
     names = [program.names[op.name] for op in network.ops] + list(program.params.values())
-    problems = []
+    known, problems = set(names), []
     for pattern, axes in pins.items():
-        if not any(matches(pattern, name) for name in names):
+        found = pattern in known or is_wild(pattern) and any(matches(pattern, n) for n in names)
+        if not found:
             near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
-            problems.append((pattern, f"matches no op and no parameter; nearest: {', '.join(near)}"))
+            problems.append(
+                (pattern, f"matches no op and no parameter; nearest: {', '.join(near)}")
+            )
         for axis in axes:
             if axis not in grid.names:
-                problems.append((pattern, f"no axis {axis!r}; the grid has {', '.join(grid.names)}"))
+                problems.append(
+                    (pattern, f"no axis {axis!r}; the grid has {', '.join(grid.names)}")
+                )
     if problems:
         raise PinError("pins that fit nothing", at=problems, remedy="correct the patterns or axes")
 

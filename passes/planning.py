@@ -7,8 +7,8 @@ no fx node, so that it can be saved, sent to other ranks and compared.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import numpy as np
@@ -19,6 +19,7 @@ from autotp.cost_model.memory import ADAMW_STATES
 from autotp.errors import PinError
 from autotp.grid import Grid
 from autotp.layouts import I, Layout, splitters
+from autotp.passes.explain import RunnersUp
 from autotp.passes.factors import Factors
 from autotp.passes.moves import MoveTable
 from autotp.passes.network import Network, Op, Value
@@ -70,7 +71,13 @@ def search_plan(
     if not np.isfinite(solution.cost_s):
         raise PinError("pins that contradict each other", remedy="remove one of them")
     seconds = time.process_time() - start
-    plan = read_plan(program, network, factors, model, solution, grid, cluster, seconds)
+
+    def read(solution: Solution) -> Plan:
+        return read_plan(program, network, factors, model, solution, grid, cluster, seconds)
+
+    ops = {program.names[op.name]: op.name for op in network.ops}
+    runners_up = RunnersUp(model, solution, ops, budget(cluster), read)
+    plan = replace(read(solution), alternatives=runners_up)
     return Planned(plan, network, factors, model, solution)
 
 
@@ -110,18 +117,19 @@ def read_plan(
     move_tables: dict[str, MoveTable] = {
         v: model.table_of(network.values[v]) for v in needs if v in model.types
     }
+    params = _resting(program, network, factors, model, rest, whole)
     return Plan(
         grid=grid,
         cluster=cluster.name,
         train=program.train,
         model=fingerprint(program),
         decisions=decisions,
-        params=_resting(program, network, model, rest, whole),
+        params=params,
         copies=copies,
         outputs=outputs,
         moves=schedule(network, needs, move_tables, model.moves),
         internal=_internal(network, decisions, grid),
-        memory=_memory(program, network, model, rest, whole, decisions),
+        memory=_memory(params.values(), decisions),
         step_time_s=solution.cost_s,
         lower_bound_s=solution.lower_bound_s,
         search_s=seconds,
@@ -160,12 +168,11 @@ def _decision(
         memory_bytes=int(table.memory[pick]),
         axes=grid.names,
         where=program.where.get(op.name, ""),
+        free=op.rule.free,
     )
 
 
-def _output_layout(
-    model: Model, value: Value, made: Layout, whole: Layout
-) -> Layout:
+def _output_layout(model: Model, value: Value, made: Layout, whole: Layout) -> Layout:
     """Return the cheapest layout in which the program may return a value."""
     if value.name not in model.types:
         return whole
@@ -178,6 +185,7 @@ def _output_layout(
 def _resting(
     program: Program,
     network: Network,
+    factors: Factors,
     model: Model,
     rest: Mapping[str, Layout],
     whole: Layout,
@@ -188,19 +196,12 @@ def _resting(
         layout = rest.get(name, whole)
         held = model.moves.local_bytes(v.shape, v.dtype, layout)
         dtype = str(v.dtype).removeprefix("torch.")
-        out[fqn] = Resting(layout, v.shape, dtype, held, v.grad)
+        dims = tuple(factors.dim_name(name, d) for d in range(len(v.shape)))
+        out[fqn] = Resting(layout, v.shape, dtype, held, v.grad, name, dims)
     return out
 
 
-def _memory(
-    program: Program,
-    network: Network,
-    model: Model,
-    rest: Mapping[str, Layout],
-    whole: Layout,
-    decisions: Sequence[Decision],
-) -> Memory:
-    resting = _resting(program, network, model, rest, whole).values()
+def _memory(resting: Collection[Resting], decisions: Sequence[Decision]) -> Memory:
     trained = sum(r.local_bytes for r in resting if r.trained)
     return Memory(
         parameters=sum(r.local_bytes for r in resting),
@@ -226,7 +227,9 @@ def _internal(
 
 def fingerprint(program: Program) -> dict[str, str]:
     """Describe what a plan belongs to: inputs and parameters, with their shapes and dtypes."""
-    values = {n.name: n.meta["val"] for n in program.graph_module.graph.nodes if n.op == "placeholder"}
+    values = {
+        n.name: n.meta["val"] for n in program.graph_module.graph.nodes if n.op == "placeholder"
+    }
     named = {**{n: f"input {n}" for n in program.inputs}, **program.params}
     return {
         name: f"{str(values[node].dtype).removeprefix('torch.')}{list(values[node].shape)}"

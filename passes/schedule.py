@@ -41,9 +41,9 @@ def needs_of(
         made.update(zip(decision.makes, decision.results, strict=True))
         for value, layout in zip(decision.reads, decision.operands, strict=True):
             read.setdefault(value, []).append(layout)
-    for value, layout in zip(network.outputs, outputs, strict=True):
-        if value and layout is not None:
-            read.setdefault(value, []).append(layout)
+    for output, returned in zip(network.outputs, outputs, strict=True):
+        if output and returned is not None:
+            read.setdefault(output, []).append(returned)
     return {
         value: Needs(made[value], copies.get(value), tuple(dict.fromkeys(layouts)))
         for value, layouts in read.items()

@@ -1,8 +1,8 @@
 """The search: numbers in, numbers out.
 
-In: a Problem, and perhaps a memory budget. Out: a Solution, the cheapest choice of every variable and
-a bound that no choice beats. Without a budget see `minimum`, with one see `budget`; `elimination`
-does the work.
+In: a Problem, and perhaps a memory budget. Out: a Solution, the cheapest choice of every variable
+and a bound that no choice beats. Without a budget see `minimum`, with one see `budget`;
+`elimination` does the work.
 """
 
 from __future__ import annotations

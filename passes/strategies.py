@@ -84,6 +84,7 @@ class _Builder:
     fixed_rest: Mapping[str, Layout]
     output_layouts: Callable[[Layout], bool]
     moves: Moves = field(init=False)
+    wide: list[Table] = field(default_factory=list)  # of every op, before any pin
     op_tables: dict[tuple[object, ...], Table] = field(default_factory=dict)
     arrays: dict[tuple[object, ...], np.ndarray] = field(default_factory=dict)
     variables: list[Variable] = field(default_factory=list)
@@ -112,11 +113,12 @@ def build_model(
     `params` names the values that are parameters; the filters keep the choices that pins allow, and
     `fixed_rest` says how some parameters rest already.
     """
-    outputs = _is_whole if not sharded_outputs else _is_owned
+    outputs = _is_whole if not sharded_outputs else is_owned
     b = _Builder(
         network, factors, grid, cluster, params, filter_op, filter_rest, fixed_rest, outputs
     )
-    tables = [_op_table(b, op) for op in network.ops]
+    b.wide = [_op_table(b, op) for op in network.ops]
+    tables = [_pinned(b, op, table) for op, table in zip(network.ops, b.wide, strict=True)]
     readers = _readers(network)
     made = {v: (n, k) for n, op in enumerate(network.ops) for k, v in enumerate(op.results)}
     numbers: dict[int, int] = {}
@@ -126,7 +128,7 @@ def build_model(
                 _add_source(b, value, readers[value], tables)
         numbers[n] = _add(b, Variable("op", op.name, table), table.seconds)
         for k, value in enumerate(op.results):
-            _note_types(b, value, [*table.results[k]], readers[value], tables)
+            _note_types(b, value, [*b.wide[n].results[k]], readers[value])
             if len(readers[value]) > 1:
                 _add_copy(b, value, readers[value], tables, numbers[n], table.results[k])
     for n, op in enumerate(network.ops):
@@ -160,7 +162,7 @@ def _is_whole(layout: Layout) -> bool:
     return all(t is I for t in layout)
 
 
-def _is_owned(layout: Layout) -> bool:
+def is_owned(layout: Layout) -> bool:
     return all(t is I or isinstance(t, Shard) for t in layout)
 
 
@@ -174,13 +176,18 @@ def _op_table(b: _Builder, op: Op) -> Table:
     key = (*_op_key(op, typing, b.factors),)
     if key not in b.op_tables:
         b.op_tables[key] = _price(b, op, strategies_of(op, typing, b.factors, b.grid), typing)
-    table = b.op_tables[key]
+    return b.op_tables[key]
+
+
+def _pinned(b: _Builder, op: Op, table: Table) -> Table:
+    """Return the part of a table that the pins allow; equal parts are one table."""
     kept = tuple(b.filter_op(op, table.strategies))
     if len(kept) == len(table.strategies):
         return table
-    if (key, kept) not in b.op_tables:
-        b.op_tables[key, kept] = _keep(table, kept)
-    return b.op_tables[key, kept]
+    key = (id(table), kept)
+    if key not in b.op_tables:
+        b.op_tables[key] = _keep(table, kept)
+    return b.op_tables[key]
 
 
 def _op_key(op: Op, typing: Typing, factors: Factors) -> Iterable[object]:
@@ -296,15 +303,12 @@ def _add(b: _Builder, variable: Variable, seconds: np.ndarray) -> int:
 
 
 def _note_types(
-    b: _Builder,
-    value: str,
-    layouts: list[Layout],
-    readers: Sequence[tuple[int, int]],
-    tables: Sequence[Table],
+    b: _Builder, value: str, layouts: list[Layout], readers: Sequence[tuple[int, int]]
 ) -> None:
+    """Note the types that moves of a value may use: all that it may meet, whatever is pinned."""
     for n, position in readers:
         if n != OUTPUT:
-            layouts += tables[n].operands[position]
+            layouts += b.wide[n].operands[position]
     v = b.network.values[value]
     b.types[value] = axis_types(list(dict.fromkeys(layouts)), v.grad, len(b.grid.sizes))
 
@@ -314,7 +318,7 @@ def _add_source(
 ) -> None:
     """Add a parameter's resting layout, and the copy that its readers share."""
     fixed = b.fixed_rest.get(value)
-    _note_types(b, value, [fixed] if fixed else [], readers, tables)
+    _note_types(b, value, [fixed] if fixed else [], readers)
     v = b.network.values[value]
     layouts = (fixed,) if fixed else _resting_layouts(b, value, v)
     key = ("rest", v.shape, v.dtype, v.grad, layouts)
@@ -334,12 +338,12 @@ def _resting_layouts(b: _Builder, value: str, v: Value) -> tuple[Layout, ...]:
     resting = [
         c
         for c in itertools.product(*b.types[value])
-        if _is_owned(c) and _can_rest(c) and is_valid(v.shape, c, b.grid)
+        if is_owned(c) and can_rest(c) and is_valid(v.shape, c, b.grid)
     ]
     return tuple(resting[k] for k in b.filter_rest(value, resting))
 
 
-def _can_rest(layout: Layout) -> bool:
+def can_rest(layout: Layout) -> bool:
     """A parameter rests in equal blocks only, on one axis: those DTensor can place."""
     blocks = [t.parts for t in layout if isinstance(t, Shard) and t.parts]
     return len(blocks) < 2 and all(len(set(parts)) == 1 for parts in blocks)
@@ -393,7 +397,7 @@ def _join(
     origin = _origin(b, value, made, numbers, tables)
     if origin is None:
         if value not in b.types:
-            _note_types(b, value, [], readers, tables)
+            _note_types(b, value, [], readers)
         whole = ((I,) * len(b.grid.sizes),)
         b.unary[numbers[n]] = b.unary[numbers[n]] + _pair(b, v, whole, wanted)[0]
         return

@@ -54,9 +54,7 @@ def _op_problems(
         if not any((c.operands, c.results) == types for c in legal[op.name]):
             left, right = (", ".join(map(str, t)) for t in types)
             problems.append((node.name, f"{op.call.op} on {name}: {left} -> {right} has no rule"))
-    for value, layout in zip(
-        (*op.operands, *op.results), (*operands, *results), strict=True
-    ):
+    for value, layout in zip((*op.operands, *op.results), (*operands, *results), strict=True):
         problems += _validity(node, network.values[value].shape, layout, grid)
     return problems
 

@@ -15,22 +15,21 @@ def attention(call: Call) -> str:
     query, key, *_rest = (t.shape for t in call.operands if t)
     rows = "[s]" if call.arg(5, False) else "s"
     many = call.arg(7, False) and query[-3] != key[-3]
-    batch = "..." if len(query) < 4 else "b"
-    if len(query) < 4:
-        heads = keys = ""
-    else:
-        heads, keys = ("(m g)", "m") if many else ("n", "n")
+    batch = "b" if len(query) == 4 else "..."
+    heads, keys = ("(m g)", "m") if many else ("n", "n") if len(query) > 2 else ("", "")
     left = [f"{batch} {heads} {rows} [d]", f"{batch} {keys} [t] [d]", f"{batch} {keys} [t] [e]"]
-    return ", ".join([*left, *mask(call, heads, rows)]) + f" -> {batch} {heads} {rows} [e]"
+    return ", ".join([*left, *mask(call, batch, heads, rows)]) + f" -> {batch} {heads} {rows} [e]"
 
 
-def mask(call: Call, heads: str, rows: str) -> list[str]:
+def mask(call: Call, batch: str, heads: str, rows: str) -> list[str]:
     """Name the mask's dims, which broadcast; grouped heads are split only where it has one row."""
     given = call.operands[3] if len(call.operands) > 3 else None
     if given is None:
         return []
-    names = ["b", "1" if heads == "(m g)" and given.shape[-3:][0] == 1 else heads, rows, "[t]"]
-    return [" ".join(names[-len(given.shape) :])]
+    count = len(given.shape)
+    one_head = count > 2 and given.shape[-3] == 1
+    names = ["1" if heads == "(m g)" and one_head else heads, rows, "[t]"]
+    return [" ".join([batch if batch == "..." or count == 4 else "", *names[-count:]])]
 
 
 def draws(call: Call) -> bool:
@@ -41,7 +40,7 @@ def draws(call: Call) -> bool:
 rule(
     aten.scaled_dot_product_attention.default,
     attention,
-    flops="b n s t d + b n s t e",
+    flops="b .0 .1 n m g s t d + b .0 .1 n m g s t e",
     saves=(0, 1, 2, -1),
     program=local_programs.sdpa_dropout,
     random=draws,

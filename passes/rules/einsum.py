@@ -26,19 +26,23 @@ def matmul(call: Call) -> str:
 
 
 def einsum(call: Call) -> str:
-    """The equation is a sentence already."""
-    spaced = " ".join(str(call.args[0]).replace(" ", "").replace("...", "."))
+    """The equation is a sentence already; an implicit result has what stands once, in order."""
+    text = str(call.args[0]).replace(" ", "").replace("...", ".")
+    once = "".join(c for c in sorted(set(text) - {",", "."}) if text.count(c) == 1)
+    spaced = " ".join(text if "->" in text else f"{text}->{'.' * ('.' in text)}{once}")
     return spaced.replace(".", "...").replace("- >", "->").replace(" ,", ",")
 
 
 def conv(call: Call) -> str:
     """Batch and channels may split, space is whole; grouped convolutions split their batch only."""
-    grouped = call.arg(6, 1) != 1
-    space = len(call.results[0].shape) - 2
+    image, kernel = call.operands[:2]
+    assert image is not None and kernel is not None
+    space = len(kernel.shape) - 2
+    b = "b" if len(image.shape) == len(kernel.shape) else ""
     x, k, y = (" ".join(f"[{c}{i}]" for i in range(space)) for c in "xky")
-    if grouped:
-        return f"b [c] {x}, [o] [i] {k}, [o] -> b [o] {y}"
-    return f"b i {x}, o i {k}, +o -> b o {y}"
+    if call.arg(6, 1) != 1:
+        return f"{b} [c] {x}, [o] [i] {k}, +[o] -> {b} [o] {y}"
+    return f"{b} i {x}, o i {k}, +o -> {b} o {y}"
 
 
 def conv_flops(space: int) -> str:

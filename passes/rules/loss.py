@@ -17,7 +17,10 @@ def cross_entropy(call: Call) -> str:
     logits, target = call.operands[0], call.operands[1]
     assert logits is not None and target is not None
     if len(logits.shape) != 2 or len(target.shape) != 1:
-        x, y = (" ".join(f"[{c}{k}]" for k in range(len(t.shape))) for c, t in (("x", logits), ("y", target)))
+        x, y = (
+            " ".join(f"[{c}{k}]" for k in range(len(t.shape)))
+            for c, t in (("x", logits), ("y", target))
+        )
         out = " ".join(f"[z{k}]" for k in range(len(call.results[0].shape)))
         return f"{x}, {y}, [c] -> {out}"
     return "t v, t, v -> " + ("" if call.results[0].shape == () else "t")

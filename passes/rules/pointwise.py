@@ -21,10 +21,13 @@ def pointwise(op: object, **facts: object) -> None:
 
 OUT = (-1,)
 
+pointwise(aten.__and__.Tensor, saves=())
+pointwise(aten.__or__.Tensor, saves=())
 pointwise(aten.add.Tensor, linear=sum_in, saves=())
 pointwise(aten.div.Scalar, linear="all", saves=())
 pointwise(aten.div.Tensor, linear=(0,))
 pointwise(aten.exp.default, saves=OUT)
+pointwise(aten.hardswish.default)
 pointwise(aten.mul.Scalar, linear="all", saves=())
 pointwise(aten.mul.Tensor, linear="each")
 pointwise(aten.neg.default, linear="all", saves=())

@@ -93,9 +93,7 @@ class Sentence:
             (len(s) - len(d) + 1 for s, d in zip(shapes, named, strict=True) if ELLIPSIS in d),
             default=0,
         )
-        dims = [
-            _expand(d, s, width, self.text) for d, s in zip(named, shapes, strict=True)
-        ]
+        dims = [_expand(d, s, width, self.text) for d, s in zip(named, shapes, strict=True)]
         dims = _drop_broadcast(dims, shapes)
         solved = _solve(dims, shapes, dict(sizes or {}), self.text)
         return Signature(
@@ -165,9 +163,7 @@ def _expand(dims: tuple[Dim, ...], shape: Shape, width: int, text: str) -> tuple
     return (*dims[:at], *names, *dims[at + 1 :])
 
 
-def _drop_broadcast(
-    dims: list[tuple[Dim, ...]], shapes: Sequence[Shape]
-) -> list[tuple[Dim, ...]]:
+def _drop_broadcast(dims: list[tuple[Dim, ...]], shapes: Sequence[Shape]) -> list[tuple[Dim, ...]]:
     """Make a dim of one element a `1` where the same ellipsis factor is larger elsewhere."""
     largest: dict[str, int] = {}
     for name, size in _plain(dims, shapes):
@@ -190,9 +186,7 @@ def named_factors(dims: Sequence[tuple[Dim, ...]]) -> frozenset[str]:
     return frozenset(f for row in dims for dim in row for product in dim for f in product)
 
 
-def _plain(
-    dims: Sequence[tuple[Dim, ...]], shapes: Sequence[Shape]
-) -> Iterator[tuple[str, int]]:
+def _plain(dims: Sequence[tuple[Dim, ...]], shapes: Sequence[Shape]) -> Iterator[tuple[str, int]]:
     for row, shape in zip(dims, shapes, strict=True):
         for dim, n in zip(row, shape, strict=True):
             if len(dim) == 1 and len(dim[0]) == 1:

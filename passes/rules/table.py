@@ -118,7 +118,10 @@ def find(op: Op) -> Rule | None:
 
 @functools.cache
 def _pointwise(op: Op) -> Rule | None:
-    if torch.Tag.pointwise not in getattr(op, "tags", ()) or op._schema.is_mutable:
+    tags = getattr(op, "tags", ())
+    if torch.Tag.pointwise not in tags or torch.Tag.nondeterministic_seeded in tags:
+        return None
+    if op._schema.is_mutable:
         return None
     return Rule(op, pointwise_sentence)
 

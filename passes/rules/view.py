@@ -41,7 +41,9 @@ def sentence(left: Sequence[str], right: Sequence[str]) -> str:
 def reshape(call: Call) -> Text:
     """Find the factors that both shapes are products of, in order; what has none is whole."""
     before, after = shape_of(call), call.results[0].shape
-    left, right, sizes = [], [], {}
+    left: list[str] = []
+    right: list[str] = []
+    sizes: dict[str, int] = {}
     for number, (i, j) in enumerate(_groups(before, after)):
         cuts = _cuts(before[i.start : i.stop], after[j.start : j.stop])
         names = [f"{chr(97 + number)}{k}" for k in range(len(cuts) - 1)]
@@ -84,7 +86,9 @@ def _write(shape: Shape, cuts: list[int], names: list[str], whole: str) -> list[
     for size in shape:
         inside = [n for n, a in zip(names, cuts, strict=False) if low <= a < low * size]
         low *= size
-        out.append("1" if not inside else inside[0] if len(inside) == 1 else f"({' '.join(inside)})")
+        out.append(
+            "1" if not inside else inside[0] if len(inside) == 1 else f"({' '.join(inside)})"
+        )
     return out
 
 
@@ -116,13 +120,14 @@ def unsqueeze(call: Call) -> str:
 
 
 def squeeze(call: Call) -> str:
-    """Leave out dims of one element: all, or those listed."""
+    """Leave out dims of one element, all or those listed; a longer one is whole, lest one be left."""
     shape, dims = shape_of(call), dims_of(call)
     listed = call.arg(1) if len(call.op._schema.arguments) > 1 else range(len(dims))
     listed = [listed] if isinstance(listed, int) else listed
-    gone = {d % len(dims) for d in listed if shape[d] == 1}
-    left = ["1" if d in gone else n for d, n in enumerate(dims)]
-    return sentence(left, [n for d, n in enumerate(dims) if d not in gone])
+    meant = {d % len(dims) for d in listed}
+    left = ["1" if shape[d] == 1 else n for d, n in enumerate(bracket(dims, meant))]
+    left = [dims[d] if d not in meant else n for d, n in enumerate(left)]
+    return sentence(left, [n for n in left if n != "1"])
 
 
 def expand(call: Call) -> str:
@@ -222,7 +227,7 @@ def slice_(call: Call) -> str:
     blocks = [("before", start), ("kept", stop - start), ("after", shape[dim] - stop)]
     blocks = [(n, size) for n, size in blocks if size]
     if step != 1 or math.gcd(*(size for _, size in blocks)) == 1 or stop <= start:
-        return whole_at({dim})(call)
+        return whole_at(call, {dim})
     left, right = list(dims), list(dims)
     left[dim] = "(" + "|".join(n for n, _ in blocks) + ")"
     right[dim] = "kept"
@@ -245,23 +250,19 @@ def slice_local(whole: Call, local: Call) -> tuple[Any, ...]:
     return (local.args[0], dim, start * here // full, stop * here // full, step)
 
 
-def whole_at(dims: set[int]) -> Any:
-    """Return a sentence function for one operand of which `dims` are whole and may change size."""
-
-    def text(call: Call) -> str:
-        names = dims_of(call)
-        left = [f"[{n}]" if d in dims else n for d, n in enumerate(names)]
-        right = [f"[{n}_]" if d in dims else n for d, n in enumerate(names)]
-        return sentence(left, right)
-
-    return text
+def whole_at(call: Call, dims: set[int]) -> str:
+    """Write a sentence in which `dims` are whole and may change their size."""
+    names = dims_of(call)
+    left = [f"[{n}]" if d in dims else n for d, n in enumerate(names)]
+    right = [f"[{n}_]" if d in dims else n for d, n in enumerate(names)]
+    return sentence(left, right)
 
 
 def pad(call: Call) -> str:
     """Padded dims are whole."""
     amounts, rank = call.arg(1), len(shape_of(call))
     padded = {rank - 1 - k // 2 for k, n in enumerate(amounts) if n}
-    return str(whole_at(padded)(call))
+    return whole_at(call, padded)
 
 
 def repeat(call: Call) -> Text:
@@ -278,9 +279,13 @@ def repeat(call: Call) -> Text:
 
 
 def repeat_interleave(call: Call) -> Text:
-    """Every element is repeated in place: the copies are the minor factor."""
+    """Every element is repeated in place: the copies are the minor factor, unless the size is given."""
     dims = dims_of(call)
+    if call.arg(2) is None:
+        return sentence(bracket(dims, set(range(len(dims)))), ["[r]"])
     at = call.arg(2) % len(dims)
+    if call.kwargs.get("output_size") is not None:
+        return str(whole_at({at})(call))
     right = list(dims)
     right[at] = f"({dims[at]} [r])"
     return sentence(dims, right), {"r": call.arg(1)}
@@ -292,6 +297,13 @@ def roll(call: Call) -> str:
     rolled = {d % len(dims) for d in call.arg(2, [])} or set(range(len(dims)))
     names = bracket(dims, rolled)
     return sentence(names, names)
+
+
+def like_other(call: Call) -> str:
+    """Of the second operand only the dtype counts: it is whole."""
+    other = call.operands[1]
+    assert other is not None
+    return "..., " + " ".join(f"[y{k}]" for k in range(len(other.shape))) + " -> ..."
 
 
 VIEW: dict[str, Any] = {"linear": "all", "saves": (), "free": True}
@@ -323,7 +335,7 @@ rule(aten.stack.default, stack, **COPY)
 rule(aten.t.default, reverse, **VIEW)
 rule(aten.to.dtype, "... -> ...", **COPY)
 rule(aten.transpose.int, transpose, **VIEW)
-rule(aten.type_as.default, "..., ... -> ...", saves=())
+rule(aten.type_as.default, like_other, saves=())
 rule(aten.unbind.int, unbind, **VIEW)
 rule(aten.unsqueeze.default, unsqueeze, **VIEW)
 rule(aten.view.default, reshape, localize=result_shape_at(1), **VIEW)

@@ -1,0 +1,297 @@
+"""Concrete calls of every op in the rule table, and of pointwise ops that have a rule by torch's tag.
+
+Sizes are small and mostly distinct; those that are split in blocks divide by two, three or both.
+`x` is differentiated, `c` is a constant.
+"""
+
+from __future__ import annotations
+
+import torch
+
+aten = torch.ops.aten
+
+
+def x(*shape):
+    return torch.randn(shape, dtype=torch.float64).requires_grad_()
+
+
+def c(*shape):
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def positive(*shape):
+    return torch.rand(shape, dtype=torch.float64).add(0.5).requires_grad_()
+
+
+def mask(*shape):
+    out = torch.rand(*shape) > 0.3
+    out[..., 0] = True
+    return out
+
+
+def ints(high, *shape):
+    return torch.randint(high, shape)
+
+
+def targets(high, count):
+    out = torch.randint(high, (count,))
+    out[1] = -100
+    return out
+
+
+FAMILIES = {
+    "attention": lambda: [
+        (aten.scaled_dot_product_attention.default, *call)
+        for call in [
+            (x(2, 6, 4, 5), x(2, 6, 7, 5), x(2, 6, 7, 3)),
+            (x(2, 6, 4, 5), x(2, 6, 4, 5), x(2, 6, 4, 5), None, 0.0, True),
+            (x(2, 6, 4, 5), x(2, 6, 7, 5), x(2, 6, 7, 5), mask(2, 1, 4, 7)),
+            (x(2, 6, 4, 5), x(2, 6, 7, 5), x(2, 6, 7, 5), mask(2, 1, 1, 7)),
+            (x(2, 6, 4, 5), x(2, 6, 7, 5), x(2, 6, 7, 5), mask(1, 1, 4, 7)),
+            (x(2, 6, 4, 5), x(2, 6, 7, 5), x(2, 6, 7, 5), mask(4, 7)),
+            (x(2, 6, 4, 5), x(2, 6, 7, 5), x(2, 6, 7, 5), x(1, 6, 4, 7)),
+            (x(2, 6, 4, 5), x(2, 1, 7, 5), x(2, 1, 7, 5)),
+            (x(6, 4, 5), x(6, 7, 5), x(6, 7, 5)),
+            (x(6, 4, 5), x(6, 7, 5), x(6, 7, 5), mask(6, 4, 7)),
+            (x(6, 4, 5), x(6, 7, 5), x(6, 7, 5), mask(4, 7)),
+            (x(4, 5), x(7, 5), x(7, 5)),
+            (x(2, 3, 4, 5, 6), x(2, 3, 4, 7, 6), x(2, 3, 4, 7, 6), mask(2, 3, 1, 5, 7)),
+            (x(2, 12, 3, 5), x(2, 6, 4, 5), x(2, 6, 4, 5), {"enable_gqa": True}),
+            (x(2, 12, 3, 5), x(2, 6, 4, 5), x(2, 6, 4, 5), mask(2, 1, 3, 4), {"enable_gqa": True}),
+            (x(2, 12, 3, 5), x(2, 6, 4, 5), x(2, 6, 4, 5), mask(3, 4), {"enable_gqa": True}),
+            (x(2, 12, 3, 5), x(2, 6, 4, 5), x(2, 6, 4, 5), x(2, 12, 3, 4), {"enable_gqa": True}),
+            (x(2, 6, 3, 5), x(2, 6, 4, 5), x(2, 6, 4, 5), {"enable_gqa": True, "scale": 0.3}),
+            (x(12, 3, 5), x(6, 4, 5), x(6, 4, 5), {"enable_gqa": True}),
+        ]
+    ],
+    "einsum": lambda: [
+        (aten.addmm.default, x(6), x(4, 8), x(8, 6)),
+        (aten.addmm.default, x(4, 6), x(4, 8), x(8, 6), {"beta": 0.5, "alpha": 3}),
+        (aten.addmm.default, x(4, 1), x(4, 8), x(8, 6)),
+        (aten.addmm.default, x(1, 6), x(4, 8), x(8, 6)),
+        (aten.baddbmm.default, x(3, 4, 6), x(3, 4, 8), x(3, 8, 6)),
+        (aten.baddbmm.default, x(1, 4, 6), x(3, 4, 8), x(3, 8, 6)),
+        (aten.bmm.default, x(3, 4, 8), x(3, 8, 5)),
+        (aten.conv1d.default, x(4, 6, 7), x(8, 6, 3), x(8), [1], [1]),
+        (aten.conv1d.default, x(4, 6, 7), x(6, 1, 3), x(6), [1], [1], [1], 6),
+        (aten.conv1d.default, x(6, 7), x(8, 6, 3), x(8)),
+        (aten.conv2d.default, x(4, 3, 6, 6), x(6, 3, 2, 2), x(6), [2, 2]),
+        (aten.conv2d.default, x(4, 3, 6, 6), x(6, 3, 2, 2)),
+        (aten.conv2d.default, x(4, 6, 4, 4), x(6, 2, 2, 2), None, [1, 1], [0, 0], [1, 1], 3),
+        (aten.conv3d.default, x(2, 3, 3, 3, 3), x(4, 3, 2, 2, 2), x(4)),
+        (aten.dot.default, x(7), x(7)),
+        (aten.einsum.default, "bsi,oi->bso", [x(2, 3, 6), x(8, 6)]),
+        (aten.einsum.default, "b n s d, b n t d -> b n s t", [x(2, 4, 3, 5), x(2, 4, 6, 5)]),
+        (aten.einsum.default, "...ij,...jk->...ik", [x(4, 3, 5), x(4, 5, 6)]),
+        (aten.einsum.default, "ij,jk", [x(3, 5), x(5, 6)]),
+        (aten.einsum.default, "bij->b", [x(3, 4, 5)]),
+        (aten.einsum.default, "ii,ij->j", [x(4, 4), x(4, 5)]),
+        (aten.linear.default, x(2, 3, 8), x(6, 8), x(6)),
+        (aten.linear.default, x(2, 3, 8), x(6, 8)),
+        (aten.linear.default, x(8), x(6, 8), x(6)),
+        (aten.linear.default, c(4, 8), x(6, 8), x(6)),
+        (aten.matmul.default, x(2, 4, 3, 6), x(2, 4, 6, 5)),
+        (aten.matmul.default, x(2, 1, 3, 6), x(4, 6, 5)),
+        (aten.matmul.default, x(2, 3, 6), x(6, 5)),
+        (aten.matmul.default, x(2, 3, 6), x(6)),
+        (aten.matmul.default, x(6), x(2, 6, 5)),
+        (aten.matmul.default, x(4), x(4)),
+        (aten.mm.default, x(4, 8), x(8, 6)),
+        (aten.mv.default, x(4, 8), x(8)),
+        (aten.outer.default, x(4), x(6)),
+    ],
+    "index": lambda: [
+        (aten.embedding.default, x(12, 6), ints(12, 3, 4)),
+        (aten.embedding.default, x(11, 4), ints(11, 5), 3),
+        (aten.embedding.default, x(12, 6), ints(12, 4, 6), -1, True),
+    ],
+    "loss": lambda: [
+        (aten.cross_entropy_loss.default, x(6, 8), targets(8, 6)),
+        (aten.cross_entropy_loss.default, x(5, 11), targets(11, 5)),
+        (aten.cross_entropy_loss.default, x(6, 8), targets(8, 6), None, 2),
+        (aten.cross_entropy_loss.default, x(6, 8), targets(8, 6), None, 0),
+        (aten.cross_entropy_loss.default, x(6, 8), targets(8, 6), c(8).abs()),
+        (aten.cross_entropy_loss.default, x(6, 8), ints(8, 6), c(8).abs(), 1, 3, 0.1),
+        (aten.cross_entropy_loss.default, x(6, 8), targets(8, 6), None, 1, -100, 0.1),
+        (aten.cross_entropy_loss.default, x(6, 8), c(6, 8).softmax(1)),
+        (aten.cross_entropy_loss.default, x(3, 8, 4), ints(8, 3, 4)),
+        (aten.cross_entropy_loss.default, x(8), ints(8)),
+        *(
+            (loss, x(4, 6), x(4, 6), *reduction)
+            for loss in (aten.l1_loss.default, aten.mse_loss.default)
+            for reduction in ((), (0,), (2,))
+        ),
+    ],
+    "norm": lambda: [
+        (aten.batch_norm.default, x(4, 6, 5), x(6), x(6), c(6), positive(6).detach(), False, 0.1, 1e-5, False),
+        (aten.batch_norm.default, x(4, 6, 5), x(6), x(6), c(6), positive(6).detach(), True, 0.1, 1e-5, False),
+        (aten.batch_norm.default, x(4, 6), None, None, c(6), positive(6).detach(), False, 0.1, 1e-5, False),
+        (aten.group_norm.default, x(4, 6, 5), 3, x(6), x(6)),
+        (aten.group_norm.default, x(4, 6), 2),
+        (aten.layer_norm.default, x(2, 3, 8), [8], x(8), x(8)),
+        (aten.layer_norm.default, x(2, 3, 7), [7], x(7)),
+        (aten.layer_norm.default, x(4, 6), [6]),
+        (aten.layer_norm.default, x(4, 6), [6], None, x(6)),
+        (aten.layer_norm.default, x(2, 3, 8), [3, 8], x(3, 8), x(3, 8), 1e-3, False),
+        (aten.log_softmax.int, x(2, 3, 8), -1),
+        (aten.log_softmax.int, x(4, 6), 0, torch.float64),
+        (aten.rms_norm.default, x(2, 3, 8), [8], x(8), 1e-6),
+        (aten.rms_norm.default, x(4, 7), [7]),
+        (aten.rms_norm.default, x(4, 3, 5), [3, 5], x(3, 5)),
+        (aten.softmax.int, x(2, 3, 8), -1),
+        (aten.softmax.int, x(4, 7, 3), 1),
+    ],
+    "pointwise": lambda: [
+        (aten.add.Tensor, x(2, 3, 4), x(4)),
+        (aten.add.Tensor, x(2, 3, 4), x(2, 1, 4), {"alpha": 3}),
+        (aten.add.Tensor, x(4, 6), 2.0),
+        (aten.add.Tensor, x(4, 6), x()),
+        (aten.div.Scalar, x(4, 6), 3.0),
+        (aten.div.Tensor, x(4, 6), positive(4, 1)),
+        (aten.div.Tensor, x(4, 6), 3.0),
+        (aten.exp.default, x(4, 6)),
+        (aten.__and__.Tensor, mask(4, 6), mask(1, 6)),
+        (aten.__or__.Tensor, mask(4, 6), mask(4, 1)),
+        (aten.hardswish.default, x(4, 6)),
+        (aten.mul.Scalar, x(4, 6), 3.0),
+        (aten.mul.Tensor, x(2, 3, 4), x(3, 1)),
+        (aten.mul.Tensor, x(4, 6), 3.0),
+        (aten.mul.Tensor, 3.0, x(4, 6)),
+        (aten.neg.default, x(4, 6)),
+        (aten.relu.default, x(4, 6)),
+        (aten.rsqrt.default, positive(4, 6)),
+        (aten.sigmoid.default, x(4, 6)),
+        (aten.sqrt.default, positive(4, 6)),
+        (aten.sub.Tensor, x(4, 6), x(4, 1)),
+        (aten.sub.Tensor, x(4, 6), 1.0),
+        (aten.tanh.default, x(4, 6)),
+        (aten.where.self, mask(4, 1), x(4, 6), x(6)),
+        (aten.where.self, mask(4, 6), x(4, 6), x()),
+    ],
+    "pointwise by tag": lambda: [
+        *((op, x(4, 6)) for op in UNARY),
+        *((op, x(4, 6), 0.7) for op in WITH_SCALAR),
+        *((op, x(4, 6), x(6)) for op in BINARY),
+        (aten.addcmul.default, x(4, 6), x(6), x(4, 1), {"value": 2.0}),
+        (aten.clamp.default, x(4, 6), -0.5, 0.5),
+        (aten.gelu.default, x(4, 6), {"approximate": "tanh"}),
+        (aten.leaky_relu.default, x(4, 6), 0.1),
+        (aten.log.default, positive(4, 6)),
+        (aten.lerp.Tensor, x(4, 6), x(6), x(4, 1)),
+        (aten.logical_not.default, mask(4, 6)),
+        (aten.masked_fill.Scalar, x(2, 4, 6), mask(4, 6), -1e9),
+        (aten.pow.Scalar, 2.0, x(4, 6)),
+        (aten.pow.Tensor_Scalar, positive(4, 6), 3.0),
+        (aten.reciprocal.default, positive(4, 6)),
+        (aten.rsub.Scalar, x(4, 6), 1.0),
+    ],
+    "random": lambda: [
+        (aten.dropout.default, x(4, 6), 0.0, True),
+        (aten.dropout.default, x(4, 6), 0.5, False),
+    ],
+    "reduction": lambda: [
+        (aten.amax.default, x(2, 3, 4), [-1], True),
+        (aten.amax.default, x(4, 6)),
+        (aten.amin.default, x(2, 3, 4), [0, 2]),
+        (aten.argmax.default, x(4, 6), -1),
+        (aten.argmax.default, x(4, 6)),
+        (aten.cumsum.default, x(4, 6), 1),
+        (aten.max.dim, x(4, 6), 1, True),
+        (aten.mean.default, x(4, 5)),
+        (aten.mean.dim, x(2, 3, 8), [-1], True),
+        (aten.mean.dim, x(4, 5, 6), [0, 1]),
+        (aten.mean.dim, x(4, 7), [1]),
+        (aten.sum.default, x(4, 7)),
+        (aten.sum.default, ints(9, 4, 6)),
+        (aten.sum.dim_IntList, x(4, 6), [0]),
+        (aten.sum.dim_IntList, x(4, 6), [1], True),
+        (aten.sum.dim_IntList, x(4, 6), None),
+        (aten.var.correction, x(4, 6), [-1], {"correction": 0, "keepdim": True}),
+        (aten.var.correction, x(4, 6)),
+    ],
+    "view": lambda: [
+        *((op, x(4, 6)) for op in COPIES),
+        *((op, x(2, 4, 6), shape) for op in (aten.reshape.default, aten.view.default) for shape in SHAPES),
+        (aten._to_copy.default, x(4, 6), {"dtype": torch.float32}),
+        (aten._to_copy.default, x(4, 6), {"dtype": torch.int64}),
+        (aten.cat.default, [x(4, 6), x(4, 6)], 1),
+        (aten.cat.default, [x(4, 6), x(4, 12), x(4, 6)], -1),
+        (aten.cat.default, [x(4, 5), x(3, 5)]),
+        (aten.chunk.default, x(4, 12), 3, -1),
+        (aten.chunk.default, x(10, 4), 3),
+        (aten.chunk.default, x(4, 8), 2, 1),
+        (aten.expand.default, x(4, 1, 6), [4, 8, 6]),
+        (aten.expand.default, x(6), [4, -1]),
+        (aten.expand.default, x(2, 1, 3, 5), [2, 4, -1, -1]),
+        (aten.pad.default, x(4, 6), [0, 1]),
+        (aten.pad.default, x(4, 6), [1, -2, 0, 0], "constant", 3.0),
+        (aten.permute.default, x(2, 3, 4), [-1, 0, 1]),
+        (aten.repeat.default, x(4, 6), [2, 1, 3]),
+        (aten.repeat.default, x(4, 1), [1, 6]),
+        (aten.repeat_interleave.self_int, x(4, 6), 3, 1),
+        (aten.repeat_interleave.self_int, x(4, 6), 3),
+        (aten.repeat_interleave.self_int, x(4, 6), 3, 0, {"output_size": 12}),
+        (aten.roll.default, x(4, 6), [2], [1]),
+        (aten.roll.default, x(4, 6), [2]),
+        (aten.select.int, x(4, 3, 6), 1, -1),
+        *((aten.slice.Tensor, x(4, 12), *bounds) for bounds in SLICES),
+        (aten.split.Tensor, x(2, 3, 12), 4, 2),
+        (aten.split.Tensor, x(12, 3), 8),
+        (aten.split_with_sizes.default, x(3, 24), [12, 6, 6], -1),
+        (aten.split_with_sizes.default, x(8, 3), [6, 2]),
+        (aten.squeeze.default, x(2, 1, 6)),
+        (aten.squeeze.dim, x(2, 1, 6), 1),
+        (aten.squeeze.dim, x(2, 3, 6), 0),
+        (aten.squeeze.dims, x(2, 1, 6, 1), [1, -1]),
+        (aten.squeeze.dims, x(2, 1, 3), [0, 1]),
+        (aten.stack.default, [x(4, 6), x(4, 6)], 1),
+        (aten.stack.default, [x(4), x(4), x(4)], -1),
+        (aten.to.dtype, x(4, 6), torch.float32),
+        (aten.to.dtype, x(4, 6), torch.bool),
+        (aten.to.dtype, mask(4, 6), torch.float64),
+        (aten.to.dtype, ints(9, 4, 6), torch.float64),
+        (aten.transpose.int, x(2, 3, 4), 1, -1),
+        (aten.type_as.default, x(4, 6), c(6)),
+        (aten.type_as.default, x(4, 6), c(3, 5).float()),
+        (aten.unbind.int, x(3, 4, 6)),
+        (aten.unbind.int, x(4, 6, 2), -1),
+        (aten.unsqueeze.default, x(4, 6), -1),
+        (aten.unsqueeze.default, x(4, 6), 0),
+    ],
+}  # fmt: skip
+
+COPIES = [
+    aten.alias.default, aten.clone.default, aten.contiguous.default, aten.detach.default,
+    aten.numpy_T.default, aten.t.default,
+]  # fmt: skip
+SHAPES = [
+    [8, 6], [2, 24], [48], [2, 2, 2, 6], [2, 4, 2, 3], [2, 1, 4, 6], [2, 4, 3, -1], [4, 12],
+    [2, 4, 6, 1], [6, 8],
+]  # fmt: skip
+SLICES = [
+    (1, 0, 6), (1, 6, 12), (1, 4, 8), (1, 0, 9223372036854775807), (1, -4), (1, 0, 5), (1, 0, 12, 2),
+    (0, 1), (1, 3, 9),
+]  # fmt: skip
+UNARY = [
+    aten.abs.default, aten.cos.default, aten.elu.default, aten.erf.default, aten.gelu.default,
+    aten.sinh.default,
+    aten.mish.default, aten.relu6.default, aten.sign.default, aten.silu.default,
+    aten.sin.default, aten.softplus.default, aten.square.default,
+]  # fmt: skip
+WITH_SCALAR = [
+    aten.add.Scalar, aten.eq.Scalar, aten.ge.Scalar, aten.gt.Scalar, aten.le.Scalar, aten.lt.Scalar,
+    aten.ne.Scalar, aten.sub.Scalar,
+]  # fmt: skip
+BINARY = [
+    aten.atan2.default, aten.eq.Tensor, aten.le.Tensor, aten.maximum.default, aten.minimum.default,
+    aten.ne.Tensor,
+]  # fmt: skip
+
+
+def calls(family):
+    """Return (op, args, kwargs) of every call of a family: a dict at the end holds keywords."""
+    out = []
+    for op, *args in FAMILIES[family]():
+        kwargs = args.pop() if isinstance(args[-1], dict) else {}
+        out.append((op, tuple(args), kwargs))
+    return out
