@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -11,16 +11,18 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from autotp.axis import Axis
+from autotp.check import compare, prepare
+from autotp.comparison import Report
 from autotp.cost_model.cluster import Cluster, by_name
-from autotp.errors import AutotpError
-from autotp.grid import Grid, as_grid
-from autotp.layouts import Layout
+from autotp.errors import AutotpError, PlanError
+from autotp.grid import Coords, Grid, as_grid
+from autotp.layouts import I, Layout, layout_text
 from autotp.module import Compiled, ParallelModule, compile_mode, make_parallel, new_state
 from autotp.passes.capture import capture
 from autotp.passes.codegen import emit
 from autotp.passes.factors import infer_factors
 from autotp.passes.network import read_network
-from autotp.passes.planning import fingerprint, search_plan
+from autotp.passes.planning import fingerprint, graph_digest, search_plan
 from autotp.passes.verify import verify
 from autotp.plan import Plan
 from autotp.plan_file import from_json, refuse_other, to_json
@@ -43,6 +45,7 @@ def compile_rank(
     train: bool,
     *,
     grid: Grid,
+    coords: Coords,
     axes: Mapping[str, Axis],
     cluster: Cluster,
     plan: Plan | None = None,
@@ -54,6 +57,12 @@ def compile_rank(
     with stage("capture"):
         program = capture(model, args, kwargs, train=train)
         network = read_network(program)
+    mine = fingerprint(program)
+    refuse_disagreement(
+        "models",
+        {**mine, "the graph's ops": graph_digest(program)},
+        "build the same model, and pass inputs of the same shapes, on every rank",
+    )
     with stage("infer factors"):
         factors = infer_factors(network, program.inputs)
     if plan is None:
@@ -65,11 +74,12 @@ def compile_rank(
                     ).plan
                 )
             )
-    refuse_disagreement("models", str(fingerprint(program)))
-    refuse_other(plan, fingerprint(program), grid, train)
-    refuse_disagreement("plans", plan.hash)
+    refuse_other(plan, mine, grid, train)
+    if not sharded_outputs:
+        _refuse_sharded(plan)
+    refuse_disagreement("plans", {"plan": plan.hash}, "give every rank the same plan and versions")
     with stage("emit and verify"):
-        module = emit(program, network, plan, grid.coords(dist.get_rank()), axes)
+        module = emit(program, network, plan, coords, axes)
         verify(module, network, factors, grid)
     return Compiled(program, plan, module)
 
@@ -97,28 +107,35 @@ def parallelize(
     """
     if outputs not in ("full", "sharded"):
         raise AutotpError(f"outputs={outputs!r}", remedy='outputs="full" or outputs="sharded"')
+    if isinstance(model, ParallelModule):
+        raise AutotpError(
+            f"{type(model).__name__} is parallel already",
+            remedy="call autotp.parallelize once, on the original model",
+        )
     shape = as_grid(grid)
     device_type = device_of(list(model.parameters())).type
     ensure_process_group(shape, device_type)
     mesh = grid if isinstance(grid, DeviceMesh) else make_mesh(shape, device_type)
     chosen = as_cluster(cluster, device_type)
 
+    planned = {n: r.layout for n, r in plan.params.items()} if plan and plan.grid == shape else None
+
     def compile_one(
         whole: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], train: bool
     ) -> Compiled:
-        state = parallel._autotp
-        first = next(iter(state.modes.values()), None)
+        state = cast(ParallelModule, whole)._autotp
         return compile_rank(
             whole,
             args,
             kwargs,
             train,
             grid=shape,
+            coords=state.coords,
             axes=state.axes,
             cluster=chosen,
             plan=plan if plan is not None and plan.train == train else None,
-            pins=pins if first is None else None,
-            rest={n: r.layout for n, r in first.plan.params.items()} if first else None,
+            pins=None if state.layouts else pins,
+            rest=state.layouts or planned,
             sharded_outputs=outputs == "sharded",
         )
 
@@ -152,6 +169,33 @@ def plan(
         ).plan
 
 
+def check(
+    model: nn.Module,
+    grid: Any,
+    example_inputs: Any,
+    *,
+    cluster: Cluster | str | None = None,
+    plan: Plan | None = None,
+    pins: Pins | None = None,
+) -> Report:
+    """Run every rank's program in this one process and compare it with `model`.
+
+    Compares all outputs, the loss, every gradient and every parameter after one SGD step. `model`
+    and the state of the random generators are left as they were. Arguments as for `parallelize`.
+    """
+    shape = as_grid(grid)
+    with stage("run the original"):
+        subject = prepare(model, *split_inputs(example_inputs))
+    program, network = subject.program, subject.network
+    if plan is None:
+        chosen = as_cluster(cluster, device_of(list(model.parameters())).type)
+        with stage("plan"):
+            plan = search_plan(program, network, subject.factors, shape, chosen, pins).plan
+    refuse_other(plan, fingerprint(program), shape, program.train)
+    with stage(f"run {shape.world_size} ranks"):
+        return compare(subject, plan)
+
+
 def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return (args, kwargs) of example inputs: a tuple, a dict, or (tuple, dict)."""
     if isinstance(example_inputs, Mapping):
@@ -183,3 +227,16 @@ def _agreed(make: Callable[[], Plan]) -> Plan:
     if isinstance(found, AutotpError):
         raise found
     return from_json(found)
+
+
+def _refuse_sharded(plan: Plan) -> None:
+    """Raise PlanError if a plan returns pieces of what the caller wants whole."""
+    at = [
+        (f"output {n}", layout_text(layout))
+        for n, layout in enumerate(plan.outputs)
+        if layout is not None and any(t is not I for t in layout)
+    ]
+    if at:
+        raise PlanError(
+            "the plan returns sharded outputs", at=at, remedy='parallelize with outputs="sharded"'
+        )

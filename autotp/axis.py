@@ -142,9 +142,11 @@ def _wait(pending: Tensor) -> Tensor:
     return done
 
 
-def dist_axes(mesh: DeviceMesh, names: Sequence[str]) -> dict[str, Axis]:
-    """Return the axes of a DeviceMesh under `names`, as this rank sees them."""
-    return {name: DistAxis(name, mesh.get_group(a)) for a, name in enumerate(names)}
+def dist_axes(mesh: DeviceMesh, names: Sequence[str] = ()) -> dict[str, Axis]:
+    """Return the axes of a DeviceMesh as this rank sees them, under `names` or the mesh's own."""
+    named = tuple(names) or mesh.mesh_dim_names
+    assert named is not None, "an unnamed mesh: autotp.grid names its axes first"
+    return {name: DistAxis(name, mesh.get_group(a)) for a, name in enumerate(named)}
 
 
 # Simulated ranks -------------------------------------------------------------------------------

@@ -3,60 +3,59 @@
     prepare   capture the model, and take one step (forward, backward, SGD) of the original
     compare   take the same step on every simulated rank of a plan; hold tensor beside tensor
 
-The original is left as it was, the state of the random generators too. Where dropout is active the
-original draws masks that no split program repeats: there the captured graph is compared with the
-original under one seed, and the ranks with the captured graph, dropout turned off in both.
+The original is left as it was, and so is the state of torch's random generators.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
+from torch import Tensor, nn
 
+from autotp.comparison import (
+    Difference,
+    Divergence,
+    Report,
+    Tolerance,
+    distance,
+    finite_largest,
+    with_floor,
+)
 from autotp.divergence import first_divergence
 from autotp.errors import AutotpError, LayoutError
-from autotp.grid import Grid
+from autotp.grid import Grid, as_grid
 from autotp.layouts import I, Layout, layout_text
 from autotp.passes.capture import capture
-from autotp.passes.export import training_flag, without_cache
 from autotp.passes.factors import Factors, infer_factors
-from autotp.passes.network import Network, Op, read_network
+from autotp.passes.network import Network, read_network
 from autotp.passes.program import Program
 from autotp.passes.rules.sentence import Dim, Signature
 from autotp.passes.verify import verify
 from autotp.plan import Plan
-from autotp.report import FLOOR, Difference, Report, Tolerance
+from autotp.reference import (
+    LEARNING_RATE,
+    Cotangents,
+    Step,
+    active_dropout,
+    captured_step,
+    leaf_params,
+    original_step,
+    other_draws,
+    turn_off,
+)
 from autotp.simulate import (
+    Execute,
     GridRun,
     differences,
     leaves,
     placeholder_values,
-    run_backward,
     run_grid,
-    sgd_step,
 )
-
-aten = torch.ops.aten
-LEARNING_RATE = 0.1
-SEED = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """What one step of the whole model gives: user outputs, buffers written, gradients, params."""
-
-    outputs: tuple[Tensor, ...]
-    buffers: Mapping[str, Tensor]
-    gradients: Mapping[str, Tensor | None]
-    params: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,32 +73,33 @@ class Subject:
     state: Mapping[str, Tensor]
     inputs: tuple[Tensor, ...]
     reference: Step
-    backward: tuple[Tensor | None, ...]
+    backward: Cotangents
     captured: tuple[Difference, ...] = ()
     notes: tuple[str, ...] = ()
 
 
 def prepare(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Subject:
     """Capture `model` in its current mode and take the original's step on a copy of it."""
-    if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
+    members = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    if any(t.is_meta for t in members.values()):
         raise AutotpError("a check needs weights", remedy="build the model off the meta device")
-    devices = sorted({t.device for t in model.parameters() if t.is_cuda}, key=str)
-    with torch.random.fork_rng(devices), torch.enable_grad():
+    state = {name: t.detach().clone() for name, t in members.items()}
+    captured: tuple[Difference, ...] = ()
+    with torch.random.fork_rng(_devices(state)), torch.enable_grad():
         program = capture(model, args, kwargs, train=model.training)
-        with warnings.catch_warnings(record=True):
-            network = read_network(program)
-        state = {**dict(named(model.named_parameters)), **dict(named(model.named_buffers))}
         inputs = tuple(program.flatten_inputs(args, kwargs))
         reference, backward = original_step(model, program, args, kwargs)
-        captured: tuple[Difference, ...] = ()
-        dropout = active_dropout(program)
+        dropout = len(active_dropout(program))
         if dropout:
             drawn = captured_step(program, state, inputs, backward)
-            captured = tuple(between_steps(reference, drawn))
+            captured = tuple(with_floor(between_steps(program, reference, drawn)))
             turn_off(program)
             reference = captured_step(program, state, inputs, backward)
-    notes = [f"{op} without a rule, {n} calls: run whole" for op, n in network.unruled.items()]
-    notes += [_dropout_note(dropout)] if dropout else []
+    with warnings.catch_warnings(action="ignore"):
+        network = read_network(program)
     return Subject(
         model=type(model).__name__,
         program=program,
@@ -110,19 +110,35 @@ def prepare(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         reference=reference,
         backward=backward,
         captured=captured,
-        notes=tuple(notes),
+        notes=tuple(_notes(program, network, dropout)),
     )
+
+
+def _devices(state: Mapping[str, Tensor]) -> list[torch.device]:
+    return sorted({t.device for t in state.values() if t.is_cuda}, key=str)
+
+
+def _notes(program: Program, network: Network, dropout: int) -> Iterator[str]:
+    for op, count in network.unruled.items():
+        yield f"{op} has no rule: its {count} calls run whole on every rank"
+    if dropout:
+        yield (
+            f"dropout is active at {dropout} sites: the captured graph was compared with the original"
+            " under one seed, the ranks with the captured graph, dropout turned off in both"
+        )
+    for name in other_draws(program):
+        yield f"{name} draws random numbers: what depends on it cannot be equal"
 
 
 def compare(subject: Subject, plan: Plan) -> Report:
     """Take the step of `subject` on every rank of `plan`, and report what differs."""
     problems: list[str] = []
-    found: list[Difference] = list(subject.captured)
-    with torch.random.fork_rng([]), torch.enable_grad():
+    found = list(subject.captured)
+    with torch.random.fork_rng(_devices(subject.state)), torch.enable_grad():
         try:
             run = take_step(subject, plan)
-        except Exception as error:
-            problems.append(f"{type(error).__name__}: {error}; {_notes(error)}")
+        except Exception as error:  # whatever a rank raises is a finding
+            problems.append("; ".join([f"{type(error).__name__}: {error}", *_added(error)]))
         else:
             problems += type_problems(subject, plan, run)
             found += with_floor(between(subject, plan, run))
@@ -135,10 +151,10 @@ def compare(subject: Subject, plan: Plan) -> Report:
             problems=tuple(problems),
             notes=subject.notes,
         )
-        return report if report.ok else with_first(report, subject, plan)
+        return report if report.ok else replace(report, first=_first(subject, plan, report))
 
 
-def take_step(subject: Subject, plan: Plan, execute: Any = None) -> GridRun:
+def take_step(subject: Subject, plan: Plan, execute: Execute | None = None) -> GridRun:
     """Run forward, backward and one SGD step on every rank."""
     return run_grid(
         subject.program,
@@ -152,25 +168,21 @@ def take_step(subject: Subject, plan: Plan, execute: Any = None) -> GridRun:
     )
 
 
-def with_first(report: Report, subject: Subject, plan: Plan) -> Report:
-    """Return `report` with the node at which the difference begins."""
-    first = first_divergence(
-        subject.program,
-        placeholder_values(
-            subject.program, _leaf_params(subject.state, subject.program), subject.state,
-            leaves(subject.inputs),
-        ),
+def _first(subject: Subject, plan: Plan, report: Report) -> Divergence | None:
+    program, params = subject.program, leaf_params(subject.program, subject.state)
+    values = placeholder_values(program, params, subject.state, leaves(subject.inputs))
+    return first_divergence(
+        program,
+        values,
         subject.backward,
         lambda execute: take_step(subject, plan, execute),
         plan.grid,
         report.tolerance.value,
-    )  # fmt: skip
-    values = {name: getattr(report, name) for name in Report.__dataclass_fields__}
-    return Report(**(values | {"first": first}))
+    )
 
 
-def _notes(error: BaseException) -> str:
-    return "; ".join(getattr(error, "__notes__", ()))
+def _added(error: BaseException) -> list[str]:
+    return list(getattr(error, "__notes__", ()))
 
 
 def type_problems(subject: Subject, plan: Plan, run: GridRun) -> list[str]:
@@ -182,192 +194,84 @@ def type_problems(subject: Subject, plan: Plan, run: GridRun) -> list[str]:
     return []
 
 
-# The original --------------------------------------------------------------------------------------
-
-
-def named(members: Callable[..., Iterator[tuple[str, Tensor]]]) -> dict[str, Tensor]:
-    """Return copies of a module's parameters or buffers under all their names."""
-    return {name: t.detach().clone() for name, t in members(remove_duplicate=False)}
-
-
-def original_step(
-    model: nn.Module, program: Program, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> tuple[Step, tuple[Tensor | None, ...]]:
-    """Run a copy of the original; return its step and the gradients sent back from its outputs."""
-    whole = copy.deepcopy(model)
-    whole.zero_grad(set_to_none=True)
-    flat, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
-    tensors = iter(leaves([leaf for leaf in flat if isinstance(leaf, Tensor)]))
-    fresh = [next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in flat]
-    args, kwargs = pytree.tree_unflatten(fresh, spec)
-    torch.manual_seed(SEED)
-    with training_flag(whole, program.train), without_cache(whole):
-        result = whole(*args, **kwargs)
-    outputs = [o for o in pytree.tree_leaves(result) if isinstance(o, Tensor)]
-    backward = cotangents(outputs)
-    run_backward(outputs, backward)
-    params = dict(whole.named_parameters())
-    inputs = dict(zip(program.inputs, program.flatten_inputs(args, kwargs), strict=True))
-    buffers = dict(whole.named_buffers(remove_duplicate=False))
-    written = {name: buffers[name] for name in program.mutations.values()}
-    return _step(outputs, written, params, inputs), backward
-
-
-def captured_step(
-    program: Program,
-    state: Mapping[str, Tensor],
-    inputs: Sequence[Tensor],
-    backward: Sequence[Tensor | None],
-) -> Step:
-    """Run the captured graph, whole, as the original was run."""
-    params, own = _leaf_params(state, program), leaves(inputs)
-    torch.manual_seed(SEED)
-    values = program.graph_module(*placeholder_values(program, params, state, own))
-    run_backward(values, backward)
-    count = len(program.outputs)
-    written = dict(zip(program.mutations.values(), values[count:], strict=True))
-    return _step(values[:count], written, params, dict(zip(program.inputs, own, strict=True)))
-
-
-def _leaf_params(state: Mapping[str, Tensor], program: Program) -> dict[str, Tensor]:
-    return {
-        fqn: state[fqn].detach().clone().requires_grad_(node in program.requires_grad)
-        for node, fqn in program.params.items()
-    }
-
-
-def _step(
-    outputs: Sequence[Tensor],
-    buffers: Mapping[str, Tensor],
-    params: Mapping[str, Tensor],
-    inputs: Mapping[str, Tensor],
-) -> Step:
-    """Take the SGD step and keep what it gives."""
-    grads = {name: t.grad for name, t in (*params.items(), *inputs.items()) if t.requires_grad}
-    sgd_step(list(params.values()), LEARNING_RATE)
-    return Step(
-        outputs=tuple(o.detach() for o in outputs),
-        buffers={name: b.detach().clone() for name, b in buffers.items()},
-        gradients=grads,
-        params={name: p.detach() for name, p in params.items()},
-    )
-
-
-def cotangents(outputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    """Return what is sent back: one from a scalar loss, else random numbers from every output."""
-    carry = [o.requires_grad for o in outputs]
-    first = carry.index(True) if True in carry else 0
-    if any(carry) and outputs[first].ndim == 0:
-        return tuple(torch.ones_like(o) if k == first else None for k, o in enumerate(outputs))
-    generator = torch.Generator().manual_seed(SEED)
-    return tuple(
-        torch.randn(o.shape, generator=generator).to(o.device, o.dtype) if c else None
-        for o, c in zip(outputs, carry, strict=True)
-    )
-
-
-# Dropout -------------------------------------------------------------------------------------------
-
-RATES = {aten.dropout.default: 1, aten.scaled_dot_product_attention.default: 4}
-"""Ops that drop, and the argument that says how much."""
-
-
-def rate(node: fx.Node) -> float:
-    """Return the share that a node drops; 0 for ops that drop nothing."""
-    at = RATES.get(node.target)  # type: ignore[arg-type]
-    if at is None or (node.target is aten.dropout.default and not node.args[2]):
-        return 0.0
-    given: Any = node.args[at] if at < len(node.args) else node.kwargs.get("dropout_p", 0.0)
-    return float(given)
-
-
-def active_dropout(program: Program) -> list[fx.Node]:
-    """Return the nodes that drop something."""
-    return [node for node in program.graph.nodes if rate(node)]
-
-
-def turn_off(program: Program) -> None:
-    """Set the rate of every dropout of a captured program to zero, in place."""
-    for node in active_dropout(program):
-        at = RATES[node.target]  # type: ignore[index]
-        if at < len(node.args):
-            node.update_arg(at, 0.0)
-        else:
-            node.update_kwarg("dropout_p", 0.0)
-    program.graph_module.recompile()
-
-
-def _dropout_note(nodes: Sequence[fx.Node]) -> str:
-    return (
-        f"dropout is active at {len(nodes)} sites: the captured graph was compared with the"
-        " original under one seed, the ranks with the captured graph, dropout turned off in both"
-    )
-
-
 # Tensor beside tensor ------------------------------------------------------------------------------
 
 
 def between(subject: Subject, plan: Plan, run: GridRun) -> Iterator[Difference]:
     """Yield the difference of every tensor that a step gives."""
-    step, whole = subject.reference, (I,) * len(plan.grid.sizes)
-    written = [f"{name}" for name in subject.program.mutations.values()]
-    expected = [*step.outputs, *(step.buffers[name] for name in written)]
-    for k, value in enumerate(expected):
-        kind, name = _output_name(subject, k, written)
-        pieces = [r.outputs[k] for r in run.ranks]
-        yield difference(kind, name, pieces, plan.outputs[k] or whole, value, plan.grid)
-    for name, grad in step.gradients.items():
+    step, grid, whole = subject.reference, plan.grid, (I,) * len(plan.grid.sizes)
+    for k, (kind, name, value) in enumerate(_returned(subject.program, step)):
+        pieces = [rank.outputs[k] for rank in run.ranks]
+        yield difference(kind, name, pieces, plan.outputs[k] or whole, value, grid)
+    for name, value in step.gradients.items():
         layout = plan.params[name].layout if name in plan.params else whole
-        pieces = _filled([r.gradients.get(name) for r in run.ranks], grad, layout, plan)
-        if pieces:
-            value = grad if grad is not None else torch.zeros_like(subject.state[name])
-            yield difference("gradient", name, pieces, layout, value, plan.grid)
-    for name, resting in plan.params.items():
-        pieces = [r.params[name].detach() for r in run.ranks]
-        yield difference(
-            "parameter", name, pieces, resting.layout, step.params[name], plan.grid
-        )
+        pieces = [_gradient(rank.gradients[name], rank.params.get(name, value)) for rank in run.ranks]
+        yield difference("gradient", name, pieces, layout, value, grid)
+    for name, value in step.params.items():
+        pieces = [rank.params[name] for rank in run.ranks]
+        yield difference("parameter", name, pieces, plan.params[name].layout, value, grid)
 
 
-def _output_name(subject: Subject, k: int, written: Sequence[str]) -> tuple[str, str]:
-    outputs = subject.reference.outputs
-    if k >= len(outputs):
-        return "buffer", written[k - len(outputs)]
-    loss = outputs[k].ndim == 0 and subject.backward[k] is not None
-    return ("loss" if loss else "output"), subject.program.outputs[k]
+def between_steps(program: Program, original: Step, other: Step) -> Iterator[Difference]:
+    """Yield the difference of every tensor of two steps of the whole model."""
+    alone = as_grid((1,))
+    pairs = zip(_everything(program, original), _everything(program, other), strict=True)
+    for (kind, name, value), (_, _, here) in pairs:
+        yield difference(f"captured {kind}", name, [here], (I,), value, alone)
 
 
-def _filled(
-    pieces: Sequence[Tensor | None], whole: Tensor | None, layout: Layout, plan: Plan
-) -> list[Tensor]:
-    """Return gradients with zeros for those that are absent; nothing where all are."""
-    if whole is None and all(p is None for p in pieces):
-        return []
-    assert any(p is not None for p in pieces) or whole is not None
-    zeros = _zeros_like(pieces, whole, layout, plan)
-    return [zeros[k] if p is None else p for k, p in enumerate(pieces)]
+def _everything(program: Program, step: Step) -> Iterator[tuple[str, str, Tensor]]:
+    yield from _returned(program, step)
+    yield from (("gradient", name, value) for name, value in step.gradients.items())
+    yield from (("parameter", name, value) for name, value in step.params.items())
 
 
-def _zeros_like(
-    pieces: Sequence[Tensor | None], whole: Tensor | None, layout: Layout, plan: Plan
-) -> list[Tensor]:
-    from autotp.layouts import local_shape
+def _returned(program: Program, step: Step) -> Iterator[tuple[str, str, Tensor]]:
+    """Yield kind, name and value of what a graph returns, in its order."""
+    for node, value in zip(program.outputs, step.outputs, strict=True):
+        loss = value.ndim == 0 and node in program.requires_grad
+        yield "loss" if loss else "output", program.names[node], value
+    for name in program.mutations.values():
+        yield "buffer", name, step.buffers[name]
 
-    like = next(p for p in (*pieces, whole) if p is not None)
-    return []
+
+def _gradient(given: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if given is None else given
 
 
-def between_steps(original: Step, other: Step) -> Iterator[Difference]:
-    return iter(())
+def difference(
+    kind: str, name: str, pieces: Sequence[Tensor], layout: Layout, whole: Tensor, grid: Grid
+) -> Difference:
+    """Return how far what the ranks hold is from `whole`."""
+    pieces = [p.detach() for p in pieces]
+    error = max(distance(a, b) for a, b in differences(pieces, layout, whole, grid))
+    largest = finite_largest(whole)
+    return Difference(kind, name, layout_text(layout), error, largest, largest)
+
+
+# Tolerance -----------------------------------------------------------------------------------------
 
 
 def tolerance(program: Program, network: Network) -> Tolerance:
-    raise NotImplementedError
+    """Return what rounding may explain in a program."""
+    floats = [v for v in network.values.values() if v.dtype.is_floating_point]
+    coarse = max(floats, key=lambda v: torch.finfo(v.dtype).eps)
+    sums = [(longest_sum(op.signature), op.name) for op in network.ops]
+    terms, longest = max(sums, key=lambda item: item[0], default=(1, coarse.name))
+    label = program.names.get(coarse.name.partition(".")[0], coarse.name)
+    dtype = str(coarse.dtype).removeprefix("torch.")
+    eps = torch.finfo(coarse.dtype).eps
+    return Tolerance(dtype, eps, label, terms, program.names[longest])
 
 
-def difference(*a: Any) -> Difference:
-    raise NotImplementedError
+def longest_sum(signature: Signature) -> int:
+    """Return the terms of an op's longest sum: over what a result, or a gradient, lacks."""
+    read = _factors(dim for dims in signature.operands for dim in dims)
+    made = _factors(dim for dims in signature.results for dim in dims)
+    lacking = [read - made, *(made - _factors(dims) for dims in signature.operands)]
+    return max(math.prod(signature.sizes[f] for f in sorted(absent)) for absent in lacking)
 
 
-def with_floor(rows: Iterator[Difference]) -> list[Difference]:
-    raise NotImplementedError
+def _factors(dims: Any) -> set[str]:
+    found: Iterator[Dim] = iter(dims)
+    return {f for dim in found for product in dim for f in product}

@@ -7,23 +7,28 @@ graph of the mode (train or eval; captured separately) and rebuilds the original
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, cast
+from dataclasses import dataclass, field, replace
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map
 
 from autotp.axis import Axis, dist_axes
-from autotp.grid import Grid
+from autotp.errors import RuntimeStateError
+from autotp.grid import Coords, Grid
 from autotp.layouts import Layout, take_shard
 from autotp.optimizers import note_replacement
 from autotp.passes.program import Program
-from autotp.placements import as_dtensor, as_parameter
+from autotp.placements import as_dtensor, as_parameter, local_tensor
 from autotp.plan import Plan
 from autotp.randomness import agreed_step_seed
+from autotp.ranks import checksum, digest, refuse_disagreement
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +46,15 @@ Compile = Callable[[nn.Module, Sequence[Any], Mapping[str, Any], bool], Compiled
 
 @dataclass(slots=True)
 class State:
-    """What a parallel module knows beside the model: where it runs, and its programs by mode."""
+    """What a parallel module knows beside the model: where it runs, and its programs by mode.
+
+    layouts    how the parameters rest, tied names included; empty until they are distributed
+    owners     the module and the attribute of every parameter and buffer
+    compared   the modes whose first inputs were compared between ranks
+    """
 
     grid: Grid
+    coords: Coords
     compile: Compile
     outputs: str
     mesh: DeviceMesh
@@ -51,6 +62,17 @@ class State:
     modes: dict[bool, Compiled] = field(default_factory=dict)
     owners: dict[str, tuple[nn.Module, str]] = field(default_factory=dict)
     layouts: dict[str, Layout] = field(default_factory=dict)
+    compared: set[bool] = field(default_factory=set)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> State:
+        """Share the ranks and the programs; own what says which modules they read."""
+        return replace(
+            self,
+            modes=dict(self.modes),
+            owners=copy.deepcopy(self.owners, memo),
+            layouts=dict(self.layouts),
+            compared=set(self.compared),
+        )
 
 
 class ParallelModule(nn.Module):
@@ -70,24 +92,29 @@ class ParallelModule(nn.Module):
 
     def _compiled(self) -> Compiled:
         modes = self._autotp.modes
+        if not modes:
+            raise RuntimeStateError(
+                "the model is planned at its first call",
+                remedy="call it once, or give autotp.parallelize its example_inputs",
+            )
         return modes.get(self.training) or next(iter(modes.values()))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run this rank's program on the global batch; return what the original would."""
         state = self._autotp
-        compiled = state.modes.get(self.training) or compile_mode(self, args, kwargs)
+        compiled = state.modes.get(self.training)
+        if compiled is None or _was_unfrozen(state, compiled):
+            compiled = compile_mode(self, args, kwargs)
         program = compiled.program
-        inputs = program.flatten_inputs(*_whole_inputs(args, kwargs))
+        inputs = [_whole(leaf) for leaf in program.flatten_inputs(args, kwargs)]
+        if self.training not in state.compared:
+            _compare_inputs(state, program, inputs)
+            state.compared.add(self.training)
         rng = compiled.graph_module.meta["rng"]
         if rng is not None:
             rng.step_seed = agreed_step_seed(state.axes.values())
         values = compiled.graph_module(*_arguments(state, program, inputs))
-        count = len(program.outputs)
-        for (_, fqn), value in zip(program.mutations.items(), values[count:], strict=True):
-            module, name = state.owners[fqn]
-            with torch.no_grad():
-                cast(Tensor, module._buffers[name]).copy_(value)
-        outputs = values[:count]
+        outputs = _write_buffers(state, program, values)
         if state.outputs == "sharded":
             outputs = _as_dtensors(state, compiled, outputs)
         return program.unflatten_outputs(outputs)
@@ -96,48 +123,96 @@ class ParallelModule(nn.Module):
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
         """Load the original model's state dict (whole tensors), or this module's own."""
+        state = self._autotp
+        if assign and state.layouts:
+            raise RuntimeStateError(
+                "load_state_dict(assign=True) would replace distributed parameters",
+                remedy="load with assign=False; from the meta device call to_empty(device=) first",
+            )
         own = dict(self.state_dict())
-        placed = {
-            name: _place(self._autotp, name, value, own.get(name))
-            for name, value in state_dict.items()
-        }
+        placed = {name: _place(state, name, v, own.get(name)) for name, v in state_dict.items()}
         return super().load_state_dict(placed, strict=strict, assign=assign)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Convert parameters and buffers; a program made for another dtype or device is dropped."""
+        before = _kinds(self)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if _kinds(self) != before:
+            self._autotp.modes.clear()
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ParallelModule:
+        """Copy parameters and buffers; the copy runs the same programs on the same ranks."""
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return made
+
+    def __reduce_ex__(self, _protocol: Any) -> NoReturn:
+        raise RuntimeStateError(
+            "a parallel module is bound to its process group and cannot be pickled",
+            remedy="save autotp.full_state_dict(model) and model.plan, or copy with copy.deepcopy",
+        )
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return the original model's state dict, every tensor whole. All ranks must call it."""
-    return {
-        name: value.full_tensor() if isinstance(value, DTensor) else value
-        for name, value in model.state_dict().items()
-    }
+    return {name: _whole(value) for name, value in model.state_dict().items()}
 
 
-def _place(state: State, name: str, value: Tensor, own: object) -> Tensor:
+def _place(state: State, name: str, value: Any, own: object) -> Any:
     """Return a whole tensor as the DTensor that the module has in its place."""
     if not isinstance(own, DTensor) or isinstance(value, DTensor) or value.shape != own.shape:
         return value  # torch's own error names a wrong shape
     layout = state.layouts[name]
-    coords = state.grid.coords(state.mesh.get_rank())
-    local = take_shard(value.to(own.device), layout, state.grid, coords)
+    local = take_shard(value.to(own.device), layout, state.grid, state.coords)
     return as_dtensor(local, layout, tuple(own.shape), state.mesh)
 
 
-def _whole_inputs(
-    args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> tuple[Sequence[Any], Mapping[str, Any]]:
-    def whole(leaf: Any) -> Any:
-        return leaf.full_tensor() if isinstance(leaf, DTensor) else leaf
+def _kinds(model: nn.Module) -> list[tuple[torch.dtype, torch.device]]:
+    return [(p.dtype, p.device) for p in model.parameters()]
 
-    out: tuple[Sequence[Any], Mapping[str, Any]]
-    out = torch.utils._pytree.tree_map(whole, (tuple(args), dict(kwargs)))
-    return out
+
+# One forward ---------------------------------------------------------------------------------------
+
+
+def _whole(leaf: Any) -> Any:
+    return leaf.full_tensor() if isinstance(leaf, DTensor) else leaf
+
+
+def _was_unfrozen(state: State, compiled: Compiled) -> bool:
+    """Say whether a parameter requires a gradient that was not planned; one less is no harm."""
+    for fqn, resting in compiled.plan.params.items():
+        if not resting.trained:
+            module, name = state.owners[fqn]
+            if cast(Tensor, module._parameters[name]).requires_grad:
+                return True
+    return False
+
+
+def _compare_inputs(state: State, program: Program, inputs: Sequence[Tensor]) -> None:
+    """Raise RuntimeStateError unless every rank was given the same global batch."""
+    if state.grid.world_size > 1:
+        digests = [digest(leaf) for leaf in inputs]
+        refuse_disagreement(
+            "inputs",
+            dict(zip(program.inputs, digests, strict=True)),
+            "pass the same global batch on every rank: no DistributedSampler, one seed",
+        )
 
 
 def _arguments(state: State, program: Program, inputs: Sequence[Tensor]) -> Iterator[Tensor]:
     """Yield the graph's arguments: local parameters, buffers, constants, then inputs."""
     for fqn in program.params.values():
         module, name = state.owners[fqn]
-        yield cast(DTensor, module._parameters[name]).to_local()
+        parameter = module._parameters[name]
+        if not isinstance(parameter, DTensor):
+            raise RuntimeStateError(
+                "a distributed parameter was replaced",
+                at=[(fqn, type(parameter).__name__)],
+                remedy="change it in place, or through load_state_dict",
+            )
+        yield local_tensor(parameter)
     for fqn in program.buffers.values():
         module, name = state.owners[fqn]
         yield cast(Tensor, module._buffers[name])
@@ -145,18 +220,23 @@ def _arguments(state: State, program: Program, inputs: Sequence[Tensor]) -> Iter
     yield from inputs
 
 
+def _write_buffers(state: State, program: Program, values: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Store the new values of mutated buffers, which follow the user's outputs; return those."""
+    count = len(program.outputs)
+    for fqn, value in zip(program.mutations.values(), values[count:], strict=True):
+        module, name = state.owners[fqn]
+        with torch.no_grad():
+            cast(Tensor, module._buffers[name]).copy_(value)
+    return values[:count]
+
+
 def _as_dtensors(state: State, compiled: Compiled, outputs: Sequence[Tensor]) -> list[Tensor]:
-    shapes = [_output_shape(compiled.program, name) for name in compiled.program.outputs]
-    layouts = compiled.plan.outputs
+    shapes = {n.name: n.meta["val"].shape for n in compiled.program.graph.nodes if "val" in n.meta}
+    names, layouts = compiled.program.outputs, compiled.plan.outputs[: len(outputs)]
     return [
-        as_dtensor(out, layout, shape, state.mesh) if layout is not None else out
-        for out, layout, shape in zip(outputs, layouts, shapes, strict=False)
+        as_dtensor(out, layout, shapes[name], state.mesh) if layout is not None else out
+        for out, layout, name in zip(outputs, layouts, names, strict=True)
     ]
-
-
-def _output_shape(program: Program, name: str) -> tuple[int, ...]:
-    (node,) = [n for n in program.graph.nodes if n.name == name]
-    return tuple(node.meta["val"].shape)
 
 
 # Making one -----------------------------------------------------------------------------------------
@@ -165,7 +245,13 @@ def _output_shape(program: Program, name: str) -> tuple[int, ...]:
 def make_parallel(model: nn.Module, state: State) -> ParallelModule:
     """Change the class of `model` to its parallel one, in place."""
     base = type(model)
-    model.__class__ = type(f"Parallel{base.__name__}", (ParallelModule, base), {})
+
+    @functools.wraps(base.forward)  # trainers read its signature
+    def forward(self: ParallelModule, *args: Any, **kwargs: Any) -> Any:
+        return ParallelModule.forward(self, *args, **kwargs)
+
+    made = type(f"Parallel{base.__name__}", (ParallelModule, base), {"forward": forward})
+    model.__class__ = made
     parallel = cast(ParallelModule, model)
     object.__setattr__(parallel, "_autotp", state)
     return parallel
@@ -176,14 +262,14 @@ def compile_mode(
 ) -> Compiled:
     """Capture, plan and emit the current mode; the first time, distribute the parameters."""
     state = model._autotp
-    first = not state.modes
-    parallel = type(model)
-    with _original_class(model), _whole_parameters(model):
-        compiled = state.compile(model, args, kwargs, model.training)
-    assert type(model) is parallel
+    whole_args, whole_kwargs = tree_map(_whole, (tuple(args), dict(kwargs)))
+    with torch.inference_mode(False), torch.enable_grad():
+        with _original_class(model), _whole_parameters(model):
+            compiled = state.compile(model, whole_args, whole_kwargs, model.training)
+        if not state.layouts:
+            distribute(model, compiled)
+    assert all(state.layouts[n] == r.layout for n, r in compiled.plan.params.items())
     state.modes[model.training] = compiled
-    if first:
-        distribute(model, compiled)
     state.owners = owners_of(model)
     return compiled
 
@@ -236,20 +322,24 @@ def owners_of(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
 def distribute(model: ParallelModule, compiled: Compiled) -> None:
     """Replace every parameter by the DTensor that rests as planned, keeping ties and attributes."""
     state = model._autotp
-    coords = state.grid.coords(state.mesh.get_rank())
+    owners = owners_of(model)
+    if state.grid.world_size > 1:
+        weights = {name: checksum(value) for name, value in model.state_dict().items()}
+        remedy = "call torch.manual_seed before the model is built, or load one checkpoint"
+        refuse_disagreement("weights", weights, remedy)
     made: dict[int, nn.Parameter] = {}
     layouts = {
         id(module._parameters[name]): compiled.plan.params[fqn].layout
-        for fqn, (module, name) in owners_of(model).items()
+        for fqn, (module, name) in owners.items()
         if fqn in compiled.plan.params
     }
-    for fqn, (module, name) in owners_of(model).items():
+    for fqn, (module, name) in owners.items():
         old = module._parameters.get(name)
         if old is None:
             continue
         layout = state.layouts[fqn] = layouts[id(old)]
         if id(old) not in made:
-            local = take_shard(old.detach(), layout, state.grid, coords).clone()
+            local = take_shard(old.detach(), layout, state.grid, state.coords).clone()
             new = as_parameter(local, layout, old.shape, state.mesh, old.requires_grad)
             new.__dict__.update(old.__dict__)
             made[id(old)] = new
@@ -259,4 +349,6 @@ def distribute(model: ParallelModule, compiled: Compiled) -> None:
 
 def new_state(grid: Grid, compile: Compile, outputs: str, mesh: DeviceMesh) -> State:
     """Return the state of a module that has not been captured yet."""
-    return State(grid, compile, outputs, mesh, dist_axes(mesh))
+    coords = mesh.get_coordinate()
+    assert coords is not None, "a rank outside of its own grid"
+    return State(grid, tuple(coords), compile, outputs, mesh, dist_axes(mesh, grid.names))

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,6 +75,14 @@ def default_generator_seeded(seed: int, device: torch.device) -> Iterator[None]:
             yield
         finally:
             generator.set_state(state)
+
+
+def seeded_call(op: Any, *args: Any, rng: RandomState, site: int, **kwargs: Any) -> Any:
+    """Run an op that draws from torch's default generator so that all ranks draw the same."""
+    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+    device = tensors[0].device if tensors else torch.device(kwargs.get("device") or "cpu")
+    with default_generator_seeded(site_seed(rng.step_seed, site, ()), device):
+        return op(*args, **kwargs)
 
 
 def _default_generator(device: torch.device) -> torch.Generator:

@@ -1,157 +1,172 @@
-"""What a check found: every tensor's difference, the tolerance and its origin, where it began.
+"""A plan as a person reads it: the program with its layouts and prices, and what it all costs.
 
-    Difference   how far one tensor of all ranks is from the original's
-    Tolerance    what rounding may explain: 16 eps sqrt(n), n terms in the longest sum
-    Divergence   the first node of the emitted program whose value or gradient is off
-    Report       all of them; `str` writes a table with the worst tensors first
+    plan_text    the whole plan: program, parameters, totals
+    explain      one op's choice against its runners-up
+
+Layers that are alike are printed once. Views are left out, an op's operands name what the views show;
+so are moves of parameters and inputs that send nothing. Equal plans print equally.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
-SAFETY = 16
-"""Roundings of a sum add up like sqrt(n) eps; 16 covers the sums that follow one another."""
+from autotp.errors import PlanError
+from autotp.formula import formula_text, layer_formula, repeated_layer, symbol_sizes
+from autotp.notation import bytes_text, choice_text, seconds_text, type_text
+from autotp.plan import Alternative, Plan
+from autotp.program_text import program_lines
+from autotp.repeats import place_moves, sections
 
-FLOOR = 1e-3
-"""A tensor counts as at least this share of the largest of its kind. What is zero in exact
-arithmetic (the gradient of an attention key's bias) is rounding that no order of sums repeats."""
 
-SHOWN = 8
+def plan_text(plan: Plan) -> str:
+    """Return the plan as text: the program, the parameters at rest, the totals of one step."""
+    parts = [_head(plan), *program_lines(plan), "", *_parameter_lines(plan), "", *_totals(plan)]
+    return "\n".join(line.rstrip() for line in parts)
+
+
+def _head(plan: Plan) -> str:
+    axes = ", ".join(f"{n} {s}" for n, s in zip(plan.grid.names, plan.grid.sizes, strict=True))
+    mode = "training step" if plan.train else "forward pass"
+    return f"plan of one {mode} on grid {plan.grid} ({axes}) of {plan.cluster}"
+
+
+# Parameters ----------------------------------------------------------------------------------------
+
+
+def _parameter_lines(plan: Plan) -> list[str]:
+    """Return a line per parameter; those of repeated layers, at rest alike, share one."""
+    counts: dict[tuple[str, str], int] = {}
+    patterns = [s for s in sections(plan, place_moves(plan)) if s.name]
+    for path, r in plan.params.items():
+        name = path
+        for section in patterns:
+            heads = [s for s in _layer_heads(section.prefix, len(section.layers)) if path.startswith(s)]
+            if heads:
+                name = f"{section.name}.{path.removeprefix(heads[0])}"
+        frozen = "" if r.trained else "   frozen"
+        text = f"{type_text(r.shape, r.layout, r.dtype, plan.grid)}   {bytes_text(r.local_bytes)}{frozen}"
+        counts[name, text] = counts.get((name, text), 0) + 1
+    width = max((len(name) for name, _ in counts), default=0)
+    rows = [
+        f"  {name + ':':<{width + 1}}  {text}" + (f"   x {n}" if n > 1 else "")
+        for (name, text), n in counts.items()
+    ]
+    return ["parameters at rest, bytes per rank", *rows]
+
+
+def _layer_heads(prefix: str, count: int) -> list[str]:
+    path, _, first = prefix.removesuffix(".").rpartition(".")
+    dot = "." if path else ""
+    return [f"{path}{dot}{int(first) + k}." for k in range(count)]
+
+
+# Totals --------------------------------------------------------------------------------------------
+
+
+def _totals(plan: Plan) -> list[str]:
+    rows = [
+        ("time", _time_text(plan)),
+        ("sent", _sent_text(plan)),
+        ("layer", _layer_text(plan)),
+        ("memory", _memory_text(plan)),
+        ("unruled", ", ".join(f"{op} x {n}, run whole" for op, n in plan.unruled)),
+    ]
+    return ["one step, per rank", *(f"  {name:<8} {text}" for name, text in rows if text)]
+
+
+def _time_text(plan: Plan) -> str:
+    bound = f"{seconds_text(plan.lower_bound_s)} at least"
+    gap = "optimal" if plan.gap <= 0 else f"gap {100 * plan.gap:.2g}%"
+    search = f" in {seconds_text(plan.search_s)}" if plan.search_s else ""
+    found = f", found by {plan.method}{search}" if plan.method else ""
+    return f"{seconds_text(plan.step_time_s)} predicted, {bound} ({gap}){found}"
+
+
+def _sent_text(plan: Plan) -> str:
+    parts = [
+        f"{kind} {axis} {bytes_text(float(size))}" for (kind, axis), size in sorted(plan.sent().items())
+    ]
+    total = bytes_text(float(plan.comm_bytes))
+    return f"{total}: {', '.join(parts)}" if parts else "nothing"
+
+
+def _layer_text(plan: Plan) -> str:
+    """Write the formula of what one repeated layer sends, where layers repeat."""
+    layer = repeated_layer(plan)
+    if layer is None:
+        return ""
+    formula = layer_formula(plan)
+    used = {str(k): n for k, n in symbol_sizes(plan).items() if k in formula.free_symbols}
+    where = ", ".join(f"{name}={n}" for name, n in used.items())
+    return f"{formula_text(formula)} elements sent in each of {layer.name}" + (
+        f" ({where})" if where else ""
+    )
+
+
+def _memory_text(plan: Plan) -> str:
+    m = plan.memory
+    parts = (
+        ("parameters", m.parameters),
+        ("gradients", m.gradients),
+        ("optimizer", m.optimizer),
+        ("activations", m.activations),
+    )
+    return f"{bytes_text(m.total)}: {', '.join(f'{name} {bytes_text(n)}' for name, n in parts)}"
+
+
+# Explanations --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
-    """One tensor: the largest absolute difference on any rank, and the original's largest value.
+class Explanation:
+    """The choice of one op, and the best plans in which it chooses otherwise."""
 
-    kind   "output", "loss", "gradient", "parameter", "buffer", or "captured ..." for the graph
-           beside the original
-    """
-
-    kind: str
     name: str
-    layout: str
-    error: float
-    largest: float
-    scale: float
-
-    @property
-    def relative(self) -> float:
-        """The error as a share of the scale: the tensor's largest value, or the floor of its kind."""
-        return self.error / self.scale if self.error else 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Tolerance:
-    """The relative difference that rounding may make.
-
-    eps     of the coarsest float type on the way, `dtype`, first met at `coarse`
-    terms   how many terms the longest sum has, that of `longest` or of its gradients
-    """
-
-    dtype: str
-    eps: float
-    coarse: str
-    terms: int
-    longest: str
-
-    @property
-    def value(self) -> float:
-        return SAFETY * self.eps * float(max(self.terms, 1)) ** 0.5
-
-    def __str__(self) -> str:
-        return (
-            f"{self.value:.1e} = {SAFETY} x {self.eps:.1e} ({self.dtype}, {self.coarse})"
-            f" x sqrt({self.terms}) (terms of {self.longest}), of a tensor's largest value"
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Divergence:
-    """The first node that is off: forward in graph order, else backward from the outputs.
-
-    node   its name in the emitted graph; `op` what it calls; `name` the op of the plan it is or
-           whose value it moves; `readers` who reads it, where its gradient is off
-    """
-
-    what: str
-    node: str
     op: str
-    name: str
     where: str
-    layout: str
-    relative: float
-    readers: tuple[str, ...] = ()
+    chosen: Alternative
+    runners_up: tuple[Alternative, ...]
 
     def __str__(self) -> str:
-        at = f" at {self.where}" if self.where else ""
-        read = f", read by {', '.join(self.readers)}" if self.readers else ""
-        return (
-            f"{self.what} of {self.node} = {self.op} ({self.name}{at}), {self.layout}{read}:"
-            f" off by {self.relative:.1e}"
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """The outcome of a check. `ok` holds when every tensor is within the tolerance.
-
-    problems   what is wrong beside differences: a rank that raised, an ill-typed program
-    notes      what a reader must know: dropout turned off, ops without a rule
-    first      where the difference began, looked for only when there is one
-    """
-
-    model: str
-    grid: str
-    mode: str
-    differences: tuple[Difference, ...]
-    tolerance: Tolerance
-    problems: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    first: Divergence | None = None
-
-    @property
-    def ok(self) -> bool:
-        return not self.problems and all(d.relative <= self.tolerance.value for d in self.worst(1))
-
-    @property
-    def largest(self) -> float:
-        """The largest relative difference of all tensors."""
-        return max((d.relative for d in self.differences), default=0.0)
-
-    def worst(self, count: int = SHOWN) -> list[Difference]:
-        """Return the tensors that are furthest off, in falling order."""
-        return sorted(self.differences, key=lambda d: (-d.relative, d.kind, d.name))[:count]
-
-    def __str__(self) -> str:
-        lines = [f"check  {self.model} on {self.grid}, {self.mode}: {self._verdict()}", ""]
-        lines += table(self.worst(), self.tolerance.value)
-        rest = len(self.differences) - SHOWN
-        lines += [f"  ... {rest} more, none further off"] if rest > 0 else []
-        lines += ["", f"tolerance  {self.tolerance}"]
-        lines += [f"first      {self.first}"] if self.first else []
-        lines += [f"problem    {text}" for text in self.problems]
-        lines += [f"note       {text}" for text in self.notes]
+        rows = [("", "choice", "step", "sent", "memory"), _row("chosen", self.chosen)]
+        rows += [
+            _row("runner-up", other, _slower(other, self.chosen)) for other in self.runners_up
+        ]
+        widths = [max(len(row[k]) for row in rows) for k in range(5)]
+        lines = [f"{self.name}: {self.op}" + (f"   {self.where}" if self.where else "")]
+        for label, choice, *numbers in rows:
+            head = f"  {label:<{widths[0]}}  {choice:<{widths[1]}}"
+            tail = "  ".join(f"{n:>{w}}" for n, w in zip(numbers, widths[2:], strict=True))
+            lines.append(f"{head}  {tail}")
         return "\n".join(lines)
 
-    def _verdict(self) -> str:
-        off = sum(d.relative > self.tolerance.value for d in self.differences)
-        if self.ok:
-            return f"ok, {len(self.differences)} tensors equal up to rounding"
-        return f"FAILED, {off} of {len(self.differences)} tensors differ"
+
+def _row(label: str, a: Alternative, slower: str = "") -> tuple[str, str, str, str, str]:
+    sent, held = bytes_text(float(a.comm_bytes)), bytes_text(a.memory_bytes)
+    return label, a.choice, slower or seconds_text(a.step_time_s), sent, held
 
 
-def table(rows: Sequence[Difference], tolerance: float) -> list[str]:
-    """Write differences as aligned lines under a heading."""
-    cells = [("tensor", "kind", "layout", "largest", "error", "relative", "")]
-    for d in rows:
-        mark = "" if d.relative <= tolerance else "  <-- differs"
-        numbers = (f"{d.largest:.3g}", f"{d.error:.1e}", f"{d.relative:.1e}")
-        cells.append((d.name, d.kind, d.layout, *numbers, mark))
-    widths = [max(len(row[k]) for row in cells) for k in range(6)]
-    left = ("<", "<", "<", ">", ">", ">")
-    return [
-        "  " + "  ".join(f"{c:{a}{w}}" for c, a, w in zip(row, left, widths, strict=False)) + row[6]
-        for row in cells
-    ]
+def _slower(a: Alternative, chosen: Alternative) -> str:
+    """Write a time as what it is over the chosen one's: whole steps hide small differences."""
+    return f"+{seconds_text(max(0.0, a.step_time_s - chosen.step_time_s))}"
+
+
+def explain(plan: Plan, name: str) -> Explanation:
+    """Set the choice of one op against its runners-up.
+
+    Raises PlanError for an op that the plan has not, and for a plan that was loaded.
+    """
+    decision = plan[name]
+    if plan.alternatives is None:
+        raise PlanError(
+            "a loaded plan cannot explain its choices: it holds no search",
+            at=[(name, choice_text(decision, plan.grid))],
+            remedy="plan the model again: autotp.plan(model, grid, example_inputs).explain(name)",
+        )
+    chosen = Alternative(
+        choice_text(decision, plan.grid), plan.step_time_s, Fraction(plan.comm_bytes), plan.memory_bytes
+    )
+    others = tuple(plan.alternatives(name))
+    return Explanation(name, decision.op, decision.where, chosen, others)

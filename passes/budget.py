@@ -21,7 +21,7 @@ import numpy as np
 from autotp.errors import BudgetError
 from autotp.passes.dominance import undominated
 from autotp.passes.ilp import MAX_CELLS, cells, solve_ilp
-from autotp.passes.minimum import GAP, Found, Orders, is_closed, minimise
+from autotp.passes.minimum import GAP, Found, Orders, has_gap_below, is_closed, minimise
 from autotp.passes.problem import Problem, only_memory, restrict, weigh
 
 MAX_PRICES = 60
@@ -29,6 +29,9 @@ MAX_PRICES = 60
 
 MARGIN = 1e-9
 """Share of the budget that the ILP's tolerance may break; then it is asked again for that less."""
+
+CLOSE = 1e-3
+"""Share of the cost below which a gap of a large problem is left, and stated."""
 
 Choice = tuple[int, ...]
 
@@ -90,7 +93,7 @@ def _price(
 
 
 def _mixes(problem: Problem, budget: float, seen: Sequence[Choice]) -> list[Choice]:
-    """Return, of each two of `seen`, the cheapest that begins as one, ends as the other and fits."""
+    """Return, of each two of `seen`, the cheapest mix that fits: one, then the other."""
     out = []
     for first, last in itertools.permutations(seen, 2):
         held, costs = _mixed(problem, first, last)
@@ -123,6 +126,8 @@ def _refine(problem: Problem, budget: float, best: Found, seen: Sequence[Choice]
     small, kept = undominated(problem)
     if cells(small) <= MAX_CELLS:
         choice, lower = _ask(small, kept, budget)
+    elif has_gap_below(best, CLOSE):
+        return best
     else:
         kept = _chosen(problem, list(reversed(seen)))
         choice, lower = _ask(restrict(problem, kept), kept, budget)[0], best.lower

@@ -1,10 +1,10 @@
 """Check a rule by arithmetic: what it allows must compute what the op computes.
 
 One call of the op becomes a program of one op, whose operands are cut into random pieces as a
-strategy says (the terms of a partial are random and sum to the whole). The code generation emits it,
-simulated ranks run it forward and backward on the pieces of a random cotangent, and what they hold
-is joined and compared with the op on whole operands: values under the result's layout, gradients
-under the operand's dual. Draws are not covered: a random op is checked by its masks elsewhere.
+strategy says (the terms of a partial are random and sum to the whole). The code generation emits
+it, simulated ranks run it forward and backward on the pieces of a random cotangent, and what they
+hold is joined and compared with the op on whole operands: values under the result's layout,
+gradients under the operand's dual. Draws are not covered: masks are checked elsewhere.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ Mismatch = tuple[str, str]
 
 LINES = (Grid(("col",), (2,)), Grid(("col",), (3,)))
 GRIDS = (Grid(("row", "col"), (2, 2)), Grid(("row", "col"), (2, 3)))
-SAMPLES = 6
+SAMPLES = 4
 """Strategies that are tried on each grid of two axes; all are on grids of one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One call as a program, with whole operands, results, cotangents and gradients by value name."""
+    """One call as a program, and by value name what goes in and comes out of it on whole tensors."""
 
     program: Program
     network: Network
@@ -66,6 +66,7 @@ class Example:
 
     @property
     def op(self) -> Op:
+        """The program's one op."""
         return self.network.ops[0]
 
     @property
@@ -82,8 +83,8 @@ def check_rule(
     *,
     rule: Rule | None = None,
     grids: Sequence[Grid] = (*LINES, *GRIDS),
-) -> int:
-    """Prove every strategy of `op(*args, **kwargs)` on `grids` and return how many there were.
+) -> list[Strategy]:
+    """Prove the strategies of `op(*args, **kwargs)` on `grids` and return them.
 
     `args` hold whole tensors; those that require grad are differentiated. `rule` is tried in place
     of the op's own.
@@ -91,19 +92,22 @@ def check_rule(
     Raises RuleError, with the strategy and its mismatches, at the first that arithmetic refutes.
     """
     with torch.enable_grad():
-        example = _example(op, args, kwargs or {}, rule)
-        count = 0
+        example = example_of(op, args, kwargs or {}, rule)
+        proved = []
         for grid in grids:
             for strategy in _strategies(example, grid):
-                count += 1
                 _prove(example, strategy, grid)
-    return count
+                proved.append(strategy)
+    return proved
 
 
 # The example -------------------------------------------------------------------------------------
 
 
-def _example(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], rule: Rule | None) -> Example:
+def example_of(
+    op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], rule: Rule | None = None
+) -> Example:
+    """Return one call as a program of one op, with what it computes on whole operands."""
     graph = fx.Graph()
     operands: dict[str, Tensor] = {}
 
@@ -132,10 +136,8 @@ def _example(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], rule: Rule
     )
 
 
-def _run_whole(
-    graph: fx.Graph, node: fx.Node, operands: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Run the op on copies of whole operands; return its results by the nodes that stand for them."""
+def _run_whole(graph: fx.Graph, node: fx.Node, operands: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Run the op on copies of whole operands; return its results by node name."""
     given = {n: x * 1 if x.requires_grad else x.clone() for n, x in operands.items()}
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: given[n.name])
     made = node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
@@ -195,7 +197,7 @@ def _with_rule(network: Network, rule: Rule | None) -> Network:
 
 
 def _strategies(example: Example, grid: Grid) -> list[Strategy]:
-    """Return all strategies on one axis, some on more; dims are whole factors, then made of blocks."""
+    """Return all strategies on one axis, some on more, with plain dims and with dims in blocks."""
     values = example.network.values
     op = example.op
     typing = Typing.of([values[v] for v in op.operands], [values[v] for v in op.results])
@@ -207,7 +209,7 @@ def _strategies(example: Example, grid: Grid) -> list[Strategy]:
     strategies = list(found.values())
     if len(grid.sizes) == 1 or len(strategies) <= SAMPLES:
         return strategies
-    return random.Random(str(op.call.op)).sample(strategies, SAMPLES)
+    return random.Random(f"{op.call} {grid}").sample(strategies, SAMPLES)
 
 
 def _halved(factors: Factors) -> Factors:
@@ -232,7 +234,9 @@ def _prove(example: Example, strategy: Strategy, grid: Grid) -> None:
     try:
         made, grads = _run_ranks(example, strategy, operands, results, grid)
     except Exception as error:
-        raise _refuted(op, strategy, grid, [("a rank", f"{type(error).__name__}: {error}")]) from error
+        raise _refuted(
+            op, strategy, grid, [("a rank", f"{type(error).__name__}: {error}")]
+        ) from error
     problems: list[Mismatch] = []
     close = _is_close if example.is_precise else _is_roughly_close
     for k, (v, layout) in enumerate(results.items()):
@@ -269,7 +273,9 @@ def _run_ranks(
 
     def step(rank: int, axes: dict[str, Axis]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         coords = grid.coords(rank)
-        leaves = {n: p[coords].clone().requires_grad_(n in example.gradients) for n, p in cut.items()}
+        leaves = {
+            n: p[coords].clone().requires_grad_(n in example.gradients) for n, p in cut.items()
+        }
         module = emit(example.program, example.network, plan, coords, axes)
         made = dict(zip(example.results, module(*leaves.values()), strict=True))
         if example.gradients:
@@ -285,9 +291,7 @@ def _run_ranks(
     return made, {n: {c: run[1][n] for c, run in runs.items()} for n in example.gradients}
 
 
-def _plan(
-    example: Example, strategy: Strategy, operands: Mapping[str, Layout], grid: Grid
-) -> Plan:
+def _plan(example: Example, strategy: Strategy, operands: Mapping[str, Layout], grid: Grid) -> Plan:
     """Return a plan of one decision, whose operands rest as it reads them: nothing moves."""
     op = example.op
     decision = Decision(

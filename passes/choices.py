@@ -60,6 +60,7 @@ class Typing:
 
     @classmethod
     def of(cls, operands: Sequence[Value], results: Sequence[Value]) -> Typing:
+        """Return the typing of a call from its values."""
         return cls(tuple(v.grad for v in operands), tuple(v.grad for v in results))
 
 

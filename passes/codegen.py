@@ -34,9 +34,9 @@ from autotp.layouts import (
 )
 from autotp.passes.network import Network, Op, is_getitem, output_args, tensor_slots, value_name
 from autotp.passes.program import Program
-from autotp.passes.rules import Call, Tensor
+from autotp.passes.rules import Call, Tensor, draws
 from autotp.plan import Decision, Plan, PlannedMove
-from autotp.randomness import RandomState
+from autotp.randomness import RandomState, seeded_call
 
 aten = torch.ops.aten
 Key = tuple[str, Layout]
@@ -102,6 +102,8 @@ def _emit_placeholder(e: _Emitter, node: fx.Node) -> None:
 def _emit_whole(e: _Emitter, node: fx.Node) -> None:
     """Copy an op that depends on no parameter: its operands are whole on every rank."""
     made = e.graph.node_copy(node, lambda n: e.nodes[value_name(n), e.whole])
+    if draws(node.target):
+        _seed(e, made)
     if is_getitem(node):
         _note(e, value_name(node), e.whole, made, node)
         return
@@ -140,6 +142,8 @@ def _emit_op(e: _Emitter, node: fx.Node, op: Op, decision: Decision) -> None:
     if op.rule.localize:
         args = op.rule.localize(whole, local)
     target, extra = _target(e, op, decision)
+    if target is seeded_call:
+        args = (op.call.op, *args)
     made = e.graph.create_node(
         "call_function", target, args, {**kwargs, **extra}, name=_node_name(decision.name)
     )
@@ -191,13 +195,14 @@ def substitute(node: fx.Node, operands: Sequence[fx.Node]) -> tuple[Any, dict[st
 def _target(e: _Emitter, op: Op, decision: Decision) -> tuple[Any, dict[str, Any]]:
     """Return the function that runs locally and the arguments that it takes beside the op's own."""
     if op.rule.random and op.rule.random(op.call):
-        e.sites += 1
         split = tuple(
             _attribute(e, axis)
             for axis, factors in zip(e.grid.names, decision.split, strict=True)
             if factors
         )
-        return op.rule.program, {"rng": _attribute(e, "rng"), "split": split, "site": e.sites}
+        return op.rule.program, {**_site(e), "split": split}
+    if draws(op.call.op) and op.rule.random is None:
+        return seeded_call, _site(e)
     extra: dict[str, Any] = {}
     for factor in op.rule.split:
         axes = _splitting(e, decision, factor)
@@ -205,6 +210,19 @@ def _target(e: _Emitter, op: Op, decision: Decision) -> tuple[Any, dict[str, Any
             extra[f"split_{factor}"] = tuple(_attribute(e, a) for a in axes)
             extra[f"size_{factor}"] = op.signature.sizes[factor]
     return (op.rule.program, extra) if extra else (op.call.op, {})
+
+
+def _site(e: _Emitter) -> dict[str, Any]:
+    """Return the arguments by which a call that draws random numbers finds its seed."""
+    e.sites += 1
+    return {"rng": _attribute(e, "rng"), "site": e.sites}
+
+
+def _seed(e: _Emitter, made: fx.Node) -> None:
+    """Let a whole op draw the same on all ranks."""
+    made.args = (made.target, *made.args)  # type: ignore[assignment]
+    made.target = seeded_call
+    made.kwargs = {**made.kwargs, **_site(e)}
 
 
 def _splitting(e: _Emitter, decision: Decision, factor: str) -> list[str]:

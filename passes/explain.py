@@ -17,7 +17,7 @@ from autotp.passes.problem import restrict
 from autotp.passes.search import Solution, solve
 from autotp.passes.strategies import Model
 from autotp.plan import Alternative, Plan
-from autotp.report import choice_text
+from autotp.notation import choice_text
 
 RUNNERS_UP = 3
 

@@ -48,11 +48,13 @@ class Atoms:
     whole: set[Id] = field(default_factory=set)
 
     def new(self, size: int) -> Id:
+        """Add a dim of `size`."""
         self.parent.append(len(self.parent))
         self.sizes.append(size)
         return len(self.parent) - 1
 
     def find(self, x: Id) -> Id:
+        """Return the one that stands for all dims united with `x`."""
         while self.parent[x] != x:
             self.parent[x] = self.parent[self.parent[x]]
             x = self.parent[x]

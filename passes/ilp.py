@@ -22,11 +22,11 @@ from scipy.sparse import coo_array
 from autotp.passes.problem import Problem
 
 MAX_NODES = 2_000
-NODE_CELLS = 20_000_000
-"""Nodes times cells that one call may explore: half a minute."""
+NODE_CELLS = 300_000
+"""Nodes times cells that one call may explore: a few seconds."""
 
-MAX_CELLS = 60_000
-"""Columns above which not to ask: the first relaxation alone would take minutes."""
+MAX_CELLS = 20_000
+"""Columns above which not to ask: the relaxations alone would take minutes."""
 
 SCALE = 1e3
 """Largest coefficient of objective and budget: the solver's tolerances are absolute (1e-6)."""
@@ -55,7 +55,7 @@ def solve_ilp(problem: Problem, budget_bytes: float | None = None) -> Bounded:
     if budget_bytes is not None:
         constraints.append(_budget(problem, budget_bytes, len(costs)))
     integral = np.arange(len(costs)) < start[-1]
-    nodes = max(10, min(MAX_NODES, int(NODE_CELLS) // len(costs)))
+    nodes = max(10, min(MAX_NODES, NODE_CELLS // len(costs)))
     result = milp(
         np.where(finite, costs, 0.0) * scale,
         integrality=integral.astype(int),
@@ -81,7 +81,7 @@ def _program(problem: Problem, start: np.ndarray) -> tuple[np.ndarray, LinearCon
         flows = last + np.arange(table.size).reshape(table.shape)
         for v, lines in ((i, flows), (j, flows.T)):
             own = count + np.arange(len(lines))
-            row += [np.repeat(own, lines.shape[1]), own]
+            row += [np.repeat(own, lines.size // len(lines)), own]
             column += [lines.ravel(), start[v] + np.arange(len(lines))]
             value += [np.ones(lines.size), -np.ones(len(lines))]
             right.append(np.zeros(len(lines)))

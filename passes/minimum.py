@@ -29,8 +29,8 @@ from autotp.passes.problem import Problem, restrict
 EASY_WORK = 2**26
 """Cells below which an elimination is run as it is: under half a second."""
 
-MAX_WORK, MAX_HELD = 2**32, 2**27
-"""Cells computed (some 20 s) and kept (1 GB) above which sums are split."""
+MAX_WORK, MAX_HELD = 2**31, 2**27
+"""Cells computed (some 10 s) and kept (1 GB) above which sums are split."""
 
 GAP = 1e-9
 """Share of the cost below which a gap is rounding."""
@@ -111,25 +111,33 @@ def _minimise_core(problem: Problem, orders: Orders) -> Found:
 
 def is_closed(found: Found) -> bool:
     """Say whether no choice can be better, but for rounding."""
-    return found.cost - found.lower <= GAP * abs(found.cost) or math.isinf(found.lower)
+    return found.lower == found.cost or has_gap_below(found, GAP)
+
+
+def has_gap_below(found: Found, share: float) -> bool:
+    """Say whether a choice is known that is at most this share of its cost from the bound."""
+    return math.isfinite(found.cost) and found.cost - found.lower <= share * abs(found.cost)
 
 
 def _improve(problem: Problem, found: Found, split: Sequence[int], limit: int) -> Found:
     """Solve again with variables of split sums held at their choice: all, halves, then one free."""
     free_one = [tuple(v for v in split if v != free) for free in split[:HOLDS]]
+    spent = 0
     for held in (tuple(split), tuple(split[::2]), tuple(split[1::2]), *free_one):
-        choice = _solve_holding(problem, found.choice, set(held), limit)
+        choice, work = _solve_holding(problem, found.choice, set(held), limit)
+        spent += work
         cost = problem.seconds(choice)
         if cost < found.cost:
             found = Found(choice, cost, min(cost, found.lower), found.width, found.method)
-        if is_closed(found):
+        if is_closed(found) or spent > MAX_WORK:
             break
     return found
 
 
 def _solve_holding(
     problem: Problem, choice: Sequence[int], held: set[int], limit: int
-) -> tuple[int, ...]:
+) -> tuple[tuple[int, ...], int]:
+    """Return the choices when `held` variables keep theirs, and the cells that it took."""
     every = {n: np.arange(n) for n in sorted(set(problem.sizes))}
     one = {k: np.array([k]) for k in sorted(set(choice))}
     kept = [one[choice[v]] if v in held else every[n] for v, n in enumerate(problem.sizes)]
@@ -137,7 +145,7 @@ def _solve_holding(
     factors, leaves = factors_of(smaller)
     plan = plan_elimination(smaller.sizes, factors, [t.shape for t in leaves], limit)
     picks = back_substitute(plan, run(plan, leaves), len(kept))
-    return tuple(int(k[c]) for k, c in zip(kept, picks, strict=True))
+    return tuple(int(k[c]) for k, c in zip(kept, picks, strict=True)), plan.work
 
 
 def _ask_ilp(problem: Problem, found: Found) -> Found:

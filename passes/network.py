@@ -33,6 +33,7 @@ class Value:
 
     @property
     def size_bytes(self) -> int:
+        """The bytes of the whole tensor."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -112,6 +113,7 @@ def output_args(program: Program) -> list[Any]:
 
 
 def is_getitem(node: fx.Node) -> bool:
+    """Say whether a node takes one result of another."""
     return node.op == "call_function" and node.target is operator.getitem
 
 

@@ -109,7 +109,7 @@ def check_pins(pins: Pins, grid: Grid, program: Program, network: Network) -> No
     names = [program.names[op.name] for op in network.ops] + list(program.params.values())
     known, problems = set(names), []
     for pattern, axes in pins.items():
-        found = pattern in known or is_wild(pattern) and any(matches(pattern, n) for n in names)
+        found = pattern in known or (is_wild(pattern) and any(matches(pattern, n) for n in names))
         if not found:
             near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
             problems.append(

@@ -6,12 +6,17 @@ no fx node, so that it can be saved, sent to other ranks and compared.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
+
+from torch import fx
+from torch.utils._pytree import tree_leaves
 
 from autotp.cost_model.cluster import Cluster
 from autotp.cost_model.collectives import sent_bytes
@@ -226,15 +231,30 @@ def _internal(
 
 
 def fingerprint(program: Program) -> dict[str, str]:
-    """Describe what a plan belongs to: inputs and parameters, with their shapes and dtypes."""
-    values = {
-        n.name: n.meta["val"] for n in program.graph_module.graph.nodes if n.op == "placeholder"
-    }
+    """Describe what a plan belongs to: inputs and parameters, with shapes, dtypes and freezing."""
+    values = {n.name: n.meta["val"] for n in program.graph.nodes if n.op == "placeholder"}
     named = {**{n: f"input {n}" for n in program.inputs}, **program.params}
+    frozen = {name for name in program.params if name not in program.requires_grad}
     return {
         name: f"{str(values[node].dtype).removeprefix('torch.')}{list(values[node].shape)}"
+        + " frozen" * (node in frozen)
         for node, name in named.items()
     }
+
+
+def graph_digest(program: Program) -> str:
+    """Return a digest of the ops of a program and of their plain arguments, devices left out."""
+    text = [
+        (str(n.target), [a for a in fx_leaves(n) if isinstance(a, bool | int | float | str)])
+        for n in program.graph.nodes
+        if n.op == "call_function"
+    ]
+    return hashlib.sha256(repr(text).encode()).hexdigest()[:16]
+
+
+def fx_leaves(node: fx.Node) -> list[Any]:
+    """Return the arguments of a node without their structure."""
+    return tree_leaves((list(node.args), dict(node.kwargs)))
 
 
 def divided_dims(layout: Layout, dims: Sequence[str], grid: Grid) -> list[str]:
@@ -246,4 +266,4 @@ def divided_dims(layout: Layout, dims: Sequence[str], grid: Grid) -> list[str]:
     return out
 
 
-__all__ = ["Planned", "divided_dims", "fingerprint", "read_plan", "search_plan"]
+__all__ = ["Planned", "divided_dims", "fingerprint", "graph_digest", "read_plan", "search_plan"]

@@ -12,7 +12,7 @@ from autotp.passes.rules import (
     view,
 )
 from autotp.passes.rules.sentence import Signature, parse
-from autotp.passes.rules.table import Call, Rule, Tensor, find, rows, rule
+from autotp.passes.rules.table import Call, Rule, Tensor, draws, find, rows, rule
 
 __all__ = [
     "Call",
@@ -20,6 +20,7 @@ __all__ = [
     "Signature",
     "Tensor",
     "attention",
+    "draws",
     "einsum",
     "find",
     "index",

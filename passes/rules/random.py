@@ -1,4 +1,4 @@
-"""Rules of ops that draw random numbers: masks are equal where replicated, different where split."""
+"""Rules of ops that draw: masks are equal where replicated, different where split."""
 
 from __future__ import annotations
 

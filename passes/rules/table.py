@@ -118,12 +118,14 @@ def find(op: Op) -> Rule | None:
 
 @functools.cache
 def _pointwise(op: Op) -> Rule | None:
-    tags = getattr(op, "tags", ())
-    if torch.Tag.pointwise not in tags or torch.Tag.nondeterministic_seeded in tags:
-        return None
-    if op._schema.is_mutable:
+    if torch.Tag.pointwise not in getattr(op, "tags", ()) or draws(op) or op._schema.is_mutable:
         return None
     return Rule(op, pointwise_sentence)
+
+
+def draws(op: Op) -> bool:
+    """Say whether an op may draw random numbers."""
+    return torch.Tag.nondeterministic_seeded in getattr(op, "tags", ())
 
 
 def pointwise_sentence(call: Call) -> str:

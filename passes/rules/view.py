@@ -1,4 +1,4 @@
-"""Rules of ops that move no arithmetic: views, copies, splits, joins and paddings; all are linear."""
+"""Rules of ops that only move elements: views, copies, splits, joins and paddings."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def unsqueeze(call: Call) -> str:
 
 
 def squeeze(call: Call) -> str:
-    """Leave out dims of one element, all or those listed; a longer one is whole, lest one be left."""
+    """Leave out dims of one element, all or those listed; a listed longer one is whole."""
     shape, dims = shape_of(call), dims_of(call)
     listed = call.arg(1) if len(call.op._schema.arguments) > 1 else range(len(dims))
     listed = [listed] if isinstance(listed, int) else listed
@@ -279,13 +279,13 @@ def repeat(call: Call) -> Text:
 
 
 def repeat_interleave(call: Call) -> Text:
-    """Every element is repeated in place: the copies are the minor factor, unless the size is given."""
+    """The copies are the minor factor; a dim whose new size is an argument is whole."""
     dims = dims_of(call)
     if call.arg(2) is None:
         return sentence(bracket(dims, set(range(len(dims)))), ["[r]"])
     at = call.arg(2) % len(dims)
     if call.kwargs.get("output_size") is not None:
-        return str(whole_at({at})(call))
+        return whole_at(call, {at})
     right = list(dims)
     right[at] = f"({dims[at]} [r])"
     return sentence(dims, right), {"r": call.arg(1)}

@@ -1,0 +1,178 @@
+"""Find the first node of an emitted program that is off: run everything again, node by node.
+
+Every rank records the value of each node, the captured graph those of its own. Forward: the first
+node, in graph order, whose value put together from all ranks is not the original's. Backward: from
+the outputs on, the first value whose gradient is not; a value's gradient has the dual layout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from autotp.comparison import Divergence, distance, finite_largest
+from autotp.grid import Grid
+from autotp.layouts import Layout, P, R, layout_text
+from autotp.passes.network import is_getitem, value_name
+from autotp.passes.program import Program
+from autotp.simulate import Execute, differences, run_backward
+
+DUAL = {R: P, P: R}
+"""The type of a gradient, where it is not that of the value."""
+
+Values = dict[str, Tensor]
+
+
+class Recorder(fx.Interpreter):
+    """Run a graph and keep the value of every node, with its gradient where it carries one."""
+
+    def __init__(self, module: fx.GraphModule, values: Values) -> None:
+        super().__init__(module)
+        self.values = values
+
+    def run_node(self, node: fx.Node) -> Any:
+        """Run one node; a result that is an operand itself becomes a view with its own gradient."""
+        out = super().run_node(node)
+        if isinstance(out, Tensor):
+            if any(out is self.env.get(operand) for operand in node.all_input_nodes):
+                out = out.view_as(out)
+            if out.requires_grad:
+                out.retain_grad()
+            self.values[node.name] = out
+        return out
+
+
+@dataclass(frozen=True, slots=True)
+class _Runs:
+    """What all ranks recorded, the original's values by name, and the graph they ran."""
+
+    program: Program
+    grid: Grid
+    ranks: Mapping[int, Values]
+    original: Values
+    graph: fx.Graph
+    tolerance: float
+
+
+def first_divergence(
+    program: Program,
+    placeholders: Sequence[Tensor],
+    backward: Sequence[Tensor | None],
+    run_ranks: Callable[[Execute], object],
+    grid: Grid,
+    tolerance: float,
+) -> Divergence | None:
+    """Return where a difference begins, or None if it cannot be found node by node.
+
+    `placeholders` are the captured graph's arguments; `run_ranks` takes a step on all ranks with
+    the given way to execute a rank's program.
+    """
+    ranks: dict[int, Values] = {}
+    modules: dict[int, fx.GraphModule] = {}
+
+    def execute(rank: int, module: fx.GraphModule, values: Sequence[Tensor]) -> Sequence[Any]:
+        ranks[rank], modules[rank] = {}, module
+        outputs: Sequence[Any] = Recorder(module, ranks[rank]).run(*values)
+        return outputs
+
+    try:
+        run_ranks(execute)
+    except Exception:
+        pass
+    if not modules:
+        return None
+    original = record_original(program, placeholders, backward)
+    graph = modules[min(modules)].graph
+    runs = _Runs(program, grid, ranks, original, graph, tolerance)
+    return forward_divergence(runs) or backward_divergence(runs)
+
+
+def record_original(
+    program: Program, placeholders: Sequence[Tensor], backward: Sequence[Tensor | None]
+) -> Values:
+    """Run the captured graph forward and backward; return its values by name."""
+    values: Values = {}
+    outputs = Recorder(program.graph_module, values).run(*placeholders)
+    run_backward(outputs, backward)
+    nodes = {n.name: n for n in program.graph.nodes}
+    return {value_name(nodes[name]): t for name, t in values.items()}
+
+
+def forward_divergence(runs: _Runs) -> Divergence | None:
+    """Return the first node in graph order whose value is off, or that did not run everywhere."""
+    for node in runs.graph.nodes:
+        if "value" not in node.meta:
+            continue
+        pieces = [runs.ranks.get(r, {}).get(node.name) for r in range(runs.grid.world_size)]
+        expected = runs.original[node.meta["value"]]
+        off = _off(pieces, node.meta["layout"], expected, runs)
+        if off > runs.tolerance:
+            return _describe("value", node, off, runs)
+    return None
+
+
+def backward_divergence(runs: _Runs) -> Divergence | None:
+    """Return the first value, from the outputs on, whose gradient is off.
+
+    Only the node that makes a value sees the whole gradient; its moved copies see a share.
+    """
+    made: dict[str, fx.Node] = {}
+    for node in runs.graph.nodes:
+        if "value" in node.meta:
+            made.setdefault(node.meta["value"], node)
+    for value, node in reversed(made.items()):
+        expected = runs.original[value]
+        if not (expected.requires_grad and expected.is_floating_point()):
+            continue
+        pieces = [_gradient(runs.ranks[r].get(node.name)) for r in range(runs.grid.world_size)]
+        dual = tuple(DUAL.get(t, t) for t in node.meta["layout"])  # type: ignore[call-overload]
+        whole = _gradient(expected)
+        assert whole is not None
+        off = _off(pieces, dual, whole, runs)
+        if off > runs.tolerance:
+            return _describe("gradient", node, off, runs)
+    return None
+
+
+def _gradient(t: Tensor | None) -> Tensor | None:
+    if t is None:
+        return None
+    return torch.zeros_like(t) if t.grad is None else t.grad
+
+
+def _off(
+    pieces: Sequence[Tensor | None], layout: Layout, expected: Tensor, runs: _Runs
+) -> float:
+    """Return the relative difference; infinite where a rank has nothing."""
+    present = [p.detach() for p in pieces if p is not None]
+    if len(present) < len(pieces):
+        return math.inf
+    try:
+        pairs = list(differences(present, layout, expected.detach(), runs.grid))
+    except RuntimeError:  # partial terms of different shapes
+        return math.inf
+    error = max(distance(a, b) for a, b in pairs)
+    return error / (finite_largest(expected) or 1.0)
+
+
+def _describe(what: str, node: fx.Node, off: float, runs: _Runs) -> Divergence:
+    value = node.meta["value"].partition(".")[0]
+    name = runs.program.params.get(value) or runs.program.names.get(value, value)
+    target = node.target
+    made = node if not is_getitem(node) else node.args[0]
+    readers = tuple(user.name for user in node.users if user.op != "output")
+    return Divergence(
+        what=what,
+        node=node.name,
+        op=getattr(made.target, "__name__", str(target)),  # type: ignore[union-attr]
+        name=name,
+        where=runs.program.where.get(value, ""),
+        layout=layout_text(node.meta["layout"]),
+        relative=off,
+        readers=readers if what == "gradient" else (),
+    )

@@ -1,0 +1,170 @@
+"""One training step of the whole model, which every plan must reproduce.
+
+    original_step   the model itself, on a copy: forward, backward, SGD
+    captured_step   the captured graph, run whole
+
+Where dropout is active the original draws masks that no split program repeats: then the captured
+graph is held beside the original under one seed, dropout is turned off in the graph (`turn_off`),
+and the graph's own step becomes the reference.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from autotp.passes.export import training_flag, without_cache
+from autotp.passes.program import Program
+from autotp.simulate import leaves, placeholder_values, run_backward, sgd_step
+
+aten = torch.ops.aten
+LEARNING_RATE = 0.1
+SEED = 0
+
+Cotangents = tuple[Tensor | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one step gives: user outputs, buffers written, gradients (zero if absent), params."""
+
+    outputs: tuple[Tensor, ...]
+    buffers: Mapping[str, Tensor]
+    gradients: Mapping[str, Tensor]
+    params: Mapping[str, Tensor]
+
+
+def original_step(
+    model: nn.Module, program: Program, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[Step, Cotangents]:
+    """Run a copy of the original; return its step and the gradients sent back from its outputs."""
+    whole = copy.deepcopy(model)
+    whole.zero_grad(set_to_none=True)
+    args, kwargs = fresh_inputs(args, kwargs)
+    torch.manual_seed(SEED)
+    with training_flag(whole, program.train), without_cache(whole):
+        result = whole(*args, **kwargs)
+    outputs = [o for o in pytree.tree_leaves(result) if isinstance(o, Tensor)]
+    backward = cotangents(outputs)
+    run_backward(outputs, backward)
+    params = dict(whole.named_parameters())
+    inputs = dict(zip(program.inputs, program.flatten_inputs(args, kwargs), strict=True))
+    buffers = dict(whole.named_buffers(remove_duplicate=False))
+    written = {name: buffers[name] for name in program.mutations.values()}
+    read = {name: params[name] for name in program.params.values()}
+    return _step(outputs, written, read, inputs), backward
+
+
+def fresh_inputs(args: Any, kwargs: Any) -> Any:
+    """Return the arguments of a call with their tensors as leaves of a new graph."""
+    flat, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+    tensors = iter(leaves([leaf for leaf in flat if isinstance(leaf, Tensor)]))
+    fresh = [next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in flat]
+    return pytree.tree_unflatten(fresh, spec)
+
+
+def captured_step(
+    program: Program,
+    state: Mapping[str, Tensor],
+    inputs: Sequence[Tensor],
+    backward: Cotangents,
+) -> Step:
+    """Run the captured graph, whole, as the original was run."""
+    params, own = leaf_params(program, state), leaves(inputs)
+    torch.manual_seed(SEED)
+    values = program.graph_module(*placeholder_values(program, params, state, own))
+    run_backward(values, backward)
+    count = len(program.outputs)
+    written = dict(zip(program.mutations.values(), values[count:], strict=True))
+    return _step(values[:count], written, params, dict(zip(program.inputs, own, strict=True)))
+
+
+def leaf_params(program: Program, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return whole parameters as leaves of a new graph."""
+    return {
+        fqn: state[fqn].detach().clone().requires_grad_(node in program.requires_grad)
+        for node, fqn in program.params.items()
+    }
+
+
+def _step(
+    outputs: Sequence[Tensor],
+    buffers: Mapping[str, Tensor],
+    params: Mapping[str, Tensor],
+    inputs: Mapping[str, Tensor],
+) -> Step:
+    """Take the SGD step and keep what it gives."""
+    grads = {
+        name: torch.zeros_like(t) if t.grad is None else t.grad.clone()
+        for name, t in (*params.items(), *inputs.items())
+        if t.requires_grad
+    }
+    sgd_step(list(params.values()), LEARNING_RATE)
+    return Step(
+        outputs=tuple(o.detach() for o in outputs),
+        buffers={name: b.detach().clone() for name, b in buffers.items()},
+        gradients=grads,
+        params={name: p.detach() for name, p in params.items()},
+    )
+
+
+def cotangents(outputs: Sequence[Tensor]) -> Cotangents:
+    """Return what is sent back: one from a scalar loss, else random numbers from every output."""
+    carry = [o.requires_grad for o in outputs]
+    first = carry.index(True) if any(carry) else 0
+    if any(carry) and outputs[first].ndim == 0:
+        return tuple(torch.ones_like(o) if k == first else None for k, o in enumerate(outputs))
+    generator = torch.Generator().manual_seed(SEED)
+    return tuple(
+        torch.randn(o.shape, generator=generator).to(o.device, o.dtype) if c else None
+        for o, c in zip(outputs, carry, strict=True)
+    )
+
+
+# Dropout -------------------------------------------------------------------------------------------
+
+RATES: dict[Any, int] = {aten.dropout.default: 1, aten.scaled_dot_product_attention.default: 4}
+"""Ops that drop, and the argument that says how much."""
+
+
+def rate(node: fx.Node) -> float:
+    """Return the share that a node drops; 0 for ops that drop nothing."""
+    at = RATES.get(node.target)
+    if at is None or (node.target is aten.dropout.default and not node.args[2]):
+        return 0.0
+    given: Any = node.args[at] if at < len(node.args) else node.kwargs.get("dropout_p", 0.0)
+    return float(given)
+
+
+def active_dropout(program: Program) -> list[fx.Node]:
+    """Return the nodes that drop something."""
+    return [node for node in program.graph.nodes if rate(node)]
+
+
+def turn_off(program: Program) -> None:
+    """Set the rate of every dropout of a captured program to zero, in place."""
+    for node in active_dropout(program):
+        at = RATES[node.target]
+        if at < len(node.args):
+            node.update_arg(at, 0.0)
+        else:
+            node.update_kwarg("dropout_p", 0.0)
+    program.graph_module.recompile()
+
+
+def other_draws(program: Program) -> list[str]:
+    """Return the ops, other than dropout, that draw random numbers."""
+    return sorted(
+        {
+            str(node.target)
+            for node in program.graph.nodes
+            if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+            and node.target not in RATES
+        }
+    )
