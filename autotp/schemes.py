@@ -349,7 +349,7 @@ def _wanted(word: str, op: Op, anatomy: Anatomy) -> Iterator[str]:
     product = anatomy.products.get(op.name)
     ways = split_ways(op, anatomy.factors)
     if word in ("made", "narrow"):
-        if product and (word == "made" or _narrows(op, product)):
+        if product and (word == "made" or _narrows(op, product, anatomy)):
             factor = product.made if word == "made" else product.contracted
             yield from (name for name, way in ways.items() if factor in way)
     elif word in anatomy.dims:
@@ -360,9 +360,11 @@ def _wanted(word: str, op: Op, anatomy: Anatomy) -> Iterator[str]:
         yield word
 
 
-def _narrows(op: Op, product: Product) -> bool:
+def _narrows(op: Op, product: Product, anatomy: Anatomy) -> bool:
+    """Say whether a linear leads back to the stream from something wider."""
     sizes = op.signature.sizes
-    return not product.is_lookup and sizes[product.contracted] > sizes[product.made]
+    back = _root(op, product.made, anatomy.factors) in anatomy.dims["stream"]
+    return back and not product.is_lookup and sizes[product.contracted] > sizes[product.made]
 
 
 def _is_scalar(op: Op, anatomy: Anatomy) -> bool:
