@@ -32,9 +32,9 @@ from autotp.grid import Grid, as_grid
 from autotp.layouts import I, Layout, layout_text
 from autotp.passes.capture import capture
 from autotp.passes.factors import Factors, infer_factors
-from autotp.passes.network import Network, read_network
+from autotp.passes.network import Network, Op, read_network
 from autotp.passes.program import Program
-from autotp.passes.rules.sentence import Dim, Signature
+from autotp.passes.rules.sentence import Dim
 from autotp.passes.verify import verify
 from autotp.plan import Plan
 from autotp.reference import (
@@ -123,8 +123,8 @@ def _notes(program: Program, network: Network, dropout: int) -> Iterator[str]:
         yield f"{op} has no rule: its {count} calls run whole on every rank"
     if dropout:
         yield (
-            f"dropout is active at {dropout} sites: the captured graph was compared with the original"
-            " under one seed, the ranks with the captured graph, dropout turned off in both"
+            f"dropout is active at {dropout} sites: the captured graph was compared with the"
+            " original under one seed, the ranks with the captured graph, dropout turned off"
         )
     for name in other_draws(program):
         yield f"{name} draws random numbers: what depends on it cannot be equal"
@@ -194,7 +194,7 @@ def type_problems(subject: Subject, plan: Plan, run: GridRun) -> list[str]:
     return []
 
 
-# Tensor beside tensor ------------------------------------------------------------------------------
+# Tensor beside tensor -----------------------------------------------------------------------------
 
 
 def between(subject: Subject, plan: Plan, run: GridRun) -> Iterator[Difference]:
@@ -205,7 +205,7 @@ def between(subject: Subject, plan: Plan, run: GridRun) -> Iterator[Difference]:
         yield difference(kind, name, pieces, plan.outputs[k] or whole, value, grid)
     for name, value in step.gradients.items():
         layout = plan.params[name].layout if name in plan.params else whole
-        pieces = [_gradient(rank.gradients[name], rank.params.get(name, value)) for rank in run.ranks]
+        pieces = [_gradient(r.gradients[name], r.params.get(name, value)) for r in run.ranks]
         yield difference("gradient", name, pieces, layout, value, grid)
     for name, value in step.params.items():
         pieces = [rank.params[name] for rank in run.ranks]
@@ -249,14 +249,14 @@ def difference(
     return Difference(kind, name, layout_text(layout), error, largest, largest)
 
 
-# Tolerance -----------------------------------------------------------------------------------------
+# Tolerance ----------------------------------------------------------------------------------------
 
 
 def tolerance(program: Program, network: Network) -> Tolerance:
     """Return what rounding may explain in a program."""
     floats = [v for v in network.values.values() if v.dtype.is_floating_point]
     coarse = max(floats, key=lambda v: torch.finfo(v.dtype).eps)
-    sums = [(longest_sum(op.signature), op.name) for op in network.ops]
+    sums = [(longest_sum(op), op.name) for op in network.ops]
     terms, longest = max(sums, key=lambda item: item[0], default=(1, coarse.name))
     label = program.names.get(coarse.name.partition(".")[0], coarse.name)
     dtype = str(coarse.dtype).removeprefix("torch.")
@@ -264,12 +264,17 @@ def tolerance(program: Program, network: Network) -> Tolerance:
     return Tolerance(dtype, eps, label, terms, program.names[longest])
 
 
-def longest_sum(signature: Signature) -> int:
-    """Return the terms of an op's longest sum: over what a result, or a gradient, lacks."""
+def longest_sum(op: Op) -> int:
+    """Return the terms of an op's longest sum: over what a result, or a gradient, lacks.
+
+    Factors that stay whole, and those of local programs (a vocabulary looked up), do not count.
+    """
+    signature = op.signature
     read = _factors(dim for dims in signature.operands for dim in dims)
     made = _factors(dim for dims in signature.results for dim in dims)
     lacking = [read - made, *(made - _factors(dims) for dims in signature.operands)]
-    return max(math.prod(signature.sizes[f] for f in sorted(absent)) for absent in lacking)
+    left_out = signature.whole | set(op.rule.split)
+    return max(math.prod(signature.sizes[f] for f in absent - left_out) for absent in lacking)
 
 
 def _factors(dims: Any) -> set[str]:

@@ -1,7 +1,7 @@
 """The report of a check: every tensor's difference, the tolerance and its origin, where it began.
 
     Difference   how far one tensor of all ranks is from the original's
-    Tolerance    what rounding may explain: 16 eps sqrt(n), n terms in the longest sum
+    Tolerance    what rounding may explain: 8 eps sqrt(n), n terms in the longest sum
     Divergence   the first node of the emitted program whose value or gradient is off
     Report       all of them; `str` writes a table with the worst tensors first
 """
@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-SAFETY = 16
-"""Roundings of a sum add up like sqrt(n) eps; 16 covers the sums that follow one another."""
+SAFETY = 8
+"""Roundings of a sum add up like sqrt(n) eps; 8 covers the sums that follow one another."""
 
 FLOOR = 1e-3
 """A tensor counts as at least this share of the largest of its kind. What is zero in exact
@@ -42,7 +42,7 @@ class Difference:
 
     @property
     def relative(self) -> float:
-        """The error as a share of the scale: the tensor's largest value, or the floor of its kind."""
+        """The error as a share of the scale: the tensor's largest value, or its kind's floor."""
         return self.error / (self.scale or 1.0)
 
 
@@ -92,12 +92,13 @@ class Tolerance:
 
     @property
     def value(self) -> float:
+        """The difference allowed, as a share of a tensor's scale."""
         return SAFETY * self.eps * float(max(self.terms, 1)) ** 0.5
 
     def __str__(self) -> str:
         return (
-            f"{self.value:.1e} = {SAFETY} x {self.eps:.1e} ({self.dtype}, {self.coarse})"
-            f" x sqrt({self.terms}) (terms of {self.longest}), of a tensor's largest value"
+            f"{self.value:.1e} of a tensor's largest value = {SAFETY} eps sqrt(n): eps"
+            f" {self.eps:.1e} ({self.dtype}: {self.coarse}), n {self.terms} ({self.longest})"
         )
 
 
@@ -147,6 +148,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
+        """Whether nothing is wrong beyond rounding."""
         return not self.problems and all(d.relative <= self.tolerance.value for d in self.worst(1))
 
     @property

@@ -7,6 +7,7 @@ the outputs on, the first value whose gradient is not; a value's gradient has th
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -80,10 +81,8 @@ def first_divergence(
         outputs: Sequence[Any] = Recorder(module, ranks[rank]).run(*values)
         return outputs
 
-    try:
+    with contextlib.suppress(Exception):  # what was recorded before it tells where
         run_ranks(execute)
-    except Exception:
-        pass
     if not modules:
         return None
     original = record_original(program, placeholders, backward)

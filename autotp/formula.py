@@ -6,15 +6,14 @@
 
 b and s are batch and sequence, h the width of what flows from layer to layer; other sizes are
 multiples of h where they are in number, else named after their dims. An axis has its own name, or
-p if it is the only one. Substituting the numbers gives the bytes of the plan's moves exactly; a size
-that no product of symbols gives (uneven chunks) stands as a number.
+p if it is the only one. Substituting the numbers gives the bytes of the plan's moves exactly; a
+size that no product of symbols gives (uneven chunks) stands as a number.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -43,12 +42,17 @@ class _Value:
 
 @dataclass(slots=True)
 class _Symbols:
-    """The symbols of one plan: `sizes` holds those that have been used."""
+    """The symbols of one plan.
+
+    hidden   the size that h stands for
+    plain    sizes of dims by name, of names with one size
+    sizes    what the symbols used so far stand for
+    """
 
     plan: Plan
     hidden: int
     values: Mapping[str, _Value]
-    conflicts: frozenset[str]
+    plain: Mapping[str, int]
     sizes: dict[Symbol, int] = field(default_factory=dict)
 
     def symbol(self, name: str, size: int) -> Symbol:
@@ -85,7 +89,7 @@ class _Symbols:
         """Return the symbol of a plain dim; with its size if the plan has others of that name."""
         if size == 1 or not name.isalpha():
             return Integer(size)
-        unsure = name in self.conflicts or (name == "h" and size != self.hidden)
+        unsure = self.plain.get(name) != size or (name == "h" and size != self.hidden)
         return self.symbol(f"{name}_{size}" if unsure else name, size)
 
     def _of_hidden(self, size: int) -> Expr | None:
@@ -94,10 +98,8 @@ class _Symbols:
         return size // self.hidden * self.symbol("h", self.hidden)
 
     def _own_size(self, name: str) -> int:
-        sizes = {
-            n for v in self.values.values() for d, n in zip(v.dims, v.shape, strict=True) if d == name
-        }
-        return sizes.pop() if len(sizes) == 1 else 0
+        """Return the size of a plain dim, 0 if the plan has several or none of that name."""
+        return self.plain.get(name, 0)
 
     def value(self, expression: Expr) -> Fraction:
         number = Rational(expression.subs(self.sizes))
@@ -117,10 +119,13 @@ def total_formula(plan: Plan, unit: str = "elements") -> Expr:
     return _formula(plan, None, unit)[0]
 
 
-def symbol_sizes(plan: Plan) -> dict[Symbol, int]:
-    """Return the numbers that the symbols of a plan's formulas stand for, by name."""
-    sizes = _formula(plan, _layer_names(plan), "bytes")[1] | _formula(plan, None, "bytes")[1]
-    return dict(sorted(sizes.items(), key=lambda item: item[0].name))
+def symbol_sizes(plan: Plan, layer_only: bool = False) -> dict[Symbol, int]:
+    """Return the numbers that the symbols of a plan's formulas stand for: b, s and h first."""
+    sizes = dict(_formula(plan, _layer_names(plan), "elements")[1])
+    if not layer_only:
+        sizes |= _formula(plan, None, "elements")[1]
+    first = {name: k for k, name in enumerate("bsh")}
+    return dict(sorted(sizes.items(), key=lambda kv: (first.get(kv[0].name, 3), kv[0].name)))
 
 
 def repeated_layer(plan: Plan) -> Section | None:
@@ -134,9 +139,7 @@ def _layer_names(plan: Plan) -> frozenset[str] | None:
     return None if layer is None else frozenset(d.name for d in layer.ops)
 
 
-def _formula(
-    plan: Plan, names: frozenset[str] | None, unit: str
-) -> tuple[Expr, dict[Symbol, int]]:
+def _formula(plan: Plan, names: frozenset[str] | None, unit: str) -> tuple[Expr, dict[Symbol, int]]:
     """Add up what stands with the ops of these names, or with all."""
     if unit not in ("elements", "bytes"):
         raise PlanError(f"no formula in {unit!r}", remedy='unit="elements" or unit="bytes"')
@@ -162,7 +165,8 @@ def _collectives(symbols: _Symbols, m: PlannedMove, unit: str) -> list[tuple[str
     size = _buffer(symbols, m, value) if value else None
     if size is None or symbols.value(size) * int(itemsize) != m.size_bytes:
         size = Rational(m.size_bytes, itemsize)
-    return [(kind, size * (itemsize if unit == "bytes" else 1), symbols.axis(m.axis)) for kind in kinds]
+    whole = size * (itemsize if unit == "bytes" else 1)
+    return [(kind, whole, symbols.axis(m.axis)) for kind in kinds]
 
 
 def _buffer(symbols: _Symbols, m: PlannedMove, value: _Value) -> Expr:
@@ -209,16 +213,16 @@ def _symbols(plan: Plan) -> _Symbols:
         for d in plan.decisions
         for v, shape, dims in zip(d.makes, d.shapes, d.dims, strict=True)
     }
-    seen = {
-        pair for v in values.values() for pair in zip(v.dims, v.shape, strict=True) if pair[1] > 1
-    }
-    counts = Counter(name for name, _ in seen)
-    conflicts = frozenset(name for name, n in counts.items() if n > 1)
-    return _Symbols(plan, _hidden_size(plan, values), values, conflicts)
+    seen: dict[str, set[int]] = {}
+    for v in values.values():
+        for name, size in zip(v.dims, v.shape, strict=True):
+            seen.setdefault(name, set()).update({size} - {1})
+    plain = {name: min(found) for name, found in seen.items() if len(found) == 1}
+    return _Symbols(plan, _hidden_size(plan, values), values, plain)
 
 
 def _hidden_size(plan: Plan, values: Mapping[str, _Value]) -> int:
-    """Return the last dim of what the second layer reads from the first; else of the last result."""
+    """Return the last dim of what a layer hands to the next; of the results, if none repeats."""
     layer = repeated_layer(plan)
     if layer is not None:
         made = {v for d in layer.layers[0] for v in d.makes}

@@ -1,4 +1,4 @@
-"""How plans write types, dims, choices and amounts: `f32[8,1024,3072/col]`, `b s (n/col d)`, `o/col`."""
+"""How plans are written: types `f32[8,1024,3072/col]`, dims `b s (n/col d)`, choices `o/col`."""
 
 from __future__ import annotations
 

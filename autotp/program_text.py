@@ -1,8 +1,8 @@
-"""The program of a plan, op by op: `fc1: f32[8,1024,3072/col] = linear(x, w, b)   # o/col  1.21 ms`.
+"""The program of a plan, op by op: `fc1: f32[8,1024,3072/col] = linear(x, w)   # o/col  1.21 ms`.
 
 Each op is a Row of columns, and so is each move; rows of a section share their columns' widths. A
-value keeps its name when it moves. Ops in a row that choose alike, such as the parts of a GELU, share
-a row; so do parameters that move alike for one op.
+value keeps its name when it moves. Ops in a row that choose alike, such as the parts of a GELU,
+share a row; so do parameters that move alike for one op.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from autotp.layouts import AxisType, Layout, Shard, kind
+from autotp.layouts import AxisType, Shard, kind
 from autotp.notation import (
     bytes_text,
     choice_text,
@@ -27,6 +27,9 @@ from autotp.repeats import Placed, Section, place_moves, sections
 
 WIDEST = (30, 34, 48, 14, 8)
 """What is longer than this sticks out of its column."""
+
+NICKNAMES = {"scaled_dot_product_attention": "sdpa"}
+"""Names that would fill a line, where they stand as operands or verbs."""
 
 FOLDED = 3
 """Ops in a row that are worth one row together."""
@@ -65,6 +68,7 @@ class _Page:
     params    parameters' names by value
     sizes     of plain dims
     inputs    the values that each layer reads from the layer before
+    unique    last words of names that say enough in this section
     """
 
     plan: Plan
@@ -74,9 +78,16 @@ class _Page:
     sizes: Mapping[str, int]
     section: Section
     inputs: frozenset[str]
+    unique: frozenset[str]
 
     def short(self, name: str) -> str:
         return name.removeprefix(self.section.prefix)
+
+    def seen(self, value: str) -> str:
+        """Return what a value is seen as through views."""
+        while value in self.made and is_view(self.made[value][0]):
+            value = self.made[value][0].reads[0]
+        return value
 
     def value_text(self, value: str) -> str:
         """Write an operand: a parameter's last word, or the name of what made it, through views."""
@@ -87,9 +98,11 @@ class _Page:
         if value not in self.made:
             return value
         d, k = self.made[value]
-        if _is_view(d):
+        if is_view(d):
             return self.value_text(d.reads[0])
-        return self.short(d.name) + (f"[{k}]" if len(d.makes) > 1 else "")
+        last = d.name.rpartition(".")[2]
+        name = _nickname(last if last in self.unique else self.short(d.name))
+        return name + (f"[{k}]" if len(d.makes) > 1 else "")
 
 
 def program_lines(plan: Plan) -> list[str]:
@@ -100,9 +113,25 @@ def program_lines(plan: Plan) -> list[str]:
     sizes = plain_sizes(plan.decisions)
     out: list[str] = []
     for section in sections(plan, placed):
-        page = _Page(plan, placed, made, params, sizes, section, _inputs(section))
-        out += ["", *_section_head(page), *_aligned([r for d in _runs(page) for r in _rows(page, d)])]
-    return out
+        inputs, unique = _inputs(section), _unique_words(section)
+        page = _Page(plan, placed, made, params, sizes, section, inputs, unique)
+        out += ["", *_section_head(page)]
+        out += _aligned([row for run in _runs(page) for row in _rows(page, run)])
+    left = placed.get("", ())
+    page = replace(page, section=Section("", "", ((),)), unique=frozenset())
+    rows = [_move_row(page, m) for m in left if m.sent]
+    return out + (["", "inputs and results", *_aligned(rows)] if rows else [])
+
+
+def _unique_words(section: Section) -> frozenset[str]:
+    words = Counter(d.name.rpartition(".")[2] for d in section.ops if not is_view(d))
+    return frozenset(word for word, n in words.items() if n == 1)
+
+
+def _nickname(name: str) -> str:
+    for long, short in NICKNAMES.items():
+        name = name.replace(long, short)
+    return name
 
 
 def _inputs(section: Section) -> frozenset[str]:
@@ -112,7 +141,8 @@ def _inputs(section: Section) -> frozenset[str]:
     first, second = section.layers[:2]
     made = {v for d in first for v in d.makes}
     reads = [
-        pair for one, two in zip(first, second, strict=True)
+        pair
+        for one, two in zip(first, second, strict=True)
         for pair in zip(one.reads, two.reads, strict=True)
     ]
     return frozenset(one for one, two in reads if two in made and one not in made)
@@ -149,17 +179,17 @@ def _aligned(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-# Ops -----------------------------------------------------------------------------------------------
+# Ops ---------------------------------------------------------------------------------------------
 
 
-def _is_view(d: Decision) -> bool:
+def is_view(d: Decision) -> bool:
     """Say whether an op is left out: a view of one value."""
     return d.free and len(d.makes) == len(d.reads) == 1
 
 
 def _runs(page: _Page) -> Iterator[tuple[Decision, ...]]:
     """Yield the ops of a section that share a row, views left out unless what they make moves."""
-    shown = [d for d in page.section.ops if not _is_view(d) or d.name in page.placed]
+    shown = [d for d in page.section.ops if not is_view(d) or d.name in page.placed]
     for key, group in itertools.groupby(shown, lambda d: _likeness(page, d)):
         run = tuple(group)
         if key is None or len(run) < FOLDED:
@@ -180,7 +210,7 @@ def _rows(page: _Page, run: tuple[Decision, ...]) -> Iterator[Row]:
     last = run[-1]
     moves = page.placed.get(last.name, ())
     yield from _arrivals(page, last, [m for m in moves if m.value not in last.makes])
-    if not _is_view(last):
+    if not is_view(last):
         yield _op_row(page, run)
     yield from (_move_row(page, m) for m in moves if m.value in last.makes)
 
@@ -205,19 +235,17 @@ def _op_row(page: _Page, run: tuple[Decision, ...]) -> Row:
     price = "" if d.free else seconds_text(sum(op.seconds for op in run))
     type_ = type_text(d.shapes[0], d.results[0], d.dtype, page.plan.grid)
     type_ += f" x {len(d.makes)}" if len(d.makes) > 1 else ""
-    return Row(name, type_, call, choice_text(d, page.plan.grid), price, _dims(page, d, 0, d.results[0]))
+    choice, grid = choice_text(d, page.plan.grid), page.plan.grid
+    dims = dims_text(d.dims[0], d.shapes[0], d.results[0], grid, page.sizes)
+    return Row(name, type_, call, choice, price, dims)
 
 
 def _verb(d: Decision) -> str:
     """Return an op's name without its overload."""
-    return d.op.partition(".")[0]
+    return _nickname(d.op.partition(".")[0])
 
 
-def _dims(page: _Page, d: Decision, k: int, layout: Layout) -> str:
-    return dims_text(d.dims[k], d.shapes[k], layout, page.plan.grid, page.sizes)
-
-
-# Moves ---------------------------------------------------------------------------------------------
+# Moves -------------------------------------------------------------------------------------------
 
 
 def _arrivals(page: _Page, reader: Decision, moves: Sequence[PlannedMove]) -> Iterator[Row]:
@@ -259,15 +287,19 @@ def _parameters_row(page: _Page, chains: Sequence[Sequence[PlannedMove]]) -> Row
 
 
 def _move_row(page: _Page, m: PlannedMove) -> Row:
-    """Write the move of what an op made."""
-    d, k = page.made[m.value]
+    """Write the move of what an op made, or of an input."""
     name = page.value_text(m.value)
-    before, after = _ends(m)
-    dims = [f"dim={t.dim}" for t in (before, after) if isinstance(t, Shard)]
-    arguments = ", ".join([name, f'"{m.axis}"', *(["->".join(dims)] if dims else [])])
+    dims = [str(t.dim) for t in _ends(m) if isinstance(t, Shard)]
+    arguments = ", ".join([name, f'"{m.axis}"', *([f"dim={'->'.join(dims)}"] if dims else [])])
+    type_, label = "", name
+    if m.value in page.made:
+        origin = page.seen(m.value)
+        label = page.short(page.made[origin][0].name) if origin in page.made else name
+        d, k = page.made[m.value]
+        type_ = type_text(d.shapes[k], m.after, d.dtype, page.plan.grid)
     return Row(
-        name,
-        type_text(d.shapes[k], m.after, d.dtype, page.plan.grid),
+        label,
+        type_,
         f"{_call(m)}({arguments})",
         _change(m),
         seconds_text(m.seconds),

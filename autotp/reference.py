@@ -127,7 +127,7 @@ def cotangents(outputs: Sequence[Tensor]) -> Cotangents:
     )
 
 
-# Dropout -------------------------------------------------------------------------------------------
+# Dropout ------------------------------------------------------------------------------------------
 
 RATES: dict[Any, int] = {aten.dropout.default: 1, aten.scaled_dot_product_attention.default: 4}
 """Ops that drop, and the argument that says how much."""

@@ -1,8 +1,8 @@
 """The layers of a plan: which ops repeat, and which op each move belongs to.
 
-A layer is a run of ops whose names share a path up to one integer, such as `transformer.h.3`; layers
-in a row that choose the same, on the same shapes, are one Section. A move stands with the op that
-makes its value, a parameter's with the op that reads it first.
+A layer is a run of ops whose names share a path up to one integer, such as `transformer.h.3`;
+layers in a row that choose the same, on the same shapes, are one Section. A move stands with the op
+that makes its value, a parameter's with the op that reads it first; an input's belongs to no layer.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from autotp.plan import Decision, Plan, PlannedMove
 
 Placed = Mapping[str, tuple[PlannedMove, ...]]
-"""Moves by the name of their op; under "" those that only bring results to the user."""
+"""Moves by the name of their op; under "" those of inputs, and those only of results."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +42,13 @@ def sections(plan: Plan, placed: Placed) -> list[Section]:
 
 
 def place_moves(plan: Plan) -> dict[str, tuple[PlannedMove, ...]]:
-    """Return the moves that stand with each op.
+    """Return the moves that stand with each op, those of inputs and of results under "".
 
     Between a stack of layers and what follows it, a move stands with its reader, so that the last
     layer is like the others.
     """
     made = {v: d.name for d in plan.decisions for v in d.makes}
+    params = {r.value for r in plan.params.values()}
     read: dict[str, str] = {}
     for d in plan.decisions:
         for v in d.reads:
@@ -56,7 +57,8 @@ def place_moves(plan: Plan) -> dict[str, tuple[PlannedMove, ...]]:
     for move in plan.moves:
         maker, reader = made.get(move.value, ""), read.get(move.value, "")
         leaves = _stack(maker) is not None and _stack(maker) != _stack(reader)
-        placed.setdefault(reader if leaves or not maker else maker, []).append(move)
+        at = reader if move.value in params or leaves else maker
+        placed.setdefault(at, []).append(move)
     return {name: tuple(moves) for name, moves in placed.items()}
 
 
@@ -76,9 +78,7 @@ def _layer(name: str, depth: int) -> tuple[str, int] | None:
     return "".join(f"{part}." for part in parts[:k]), int(parts[k])
 
 
-def _fold(
-    plan: Plan, placed: Placed, ops: Sequence[Decision], depth: int
-) -> Iterator[Section]:
+def _fold(plan: Plan, placed: Placed, ops: Sequence[Decision], depth: int) -> Iterator[Section]:
     """Yield sections of `ops`, by the outermost integer that repeats anywhere."""
     if all(_layer(d.name, depth) is None for d in ops):
         yield Section("", "", (tuple(ops),))

@@ -3,12 +3,13 @@
     plan_text    the whole plan: program, parameters, totals
     explain      one op's choice against its runners-up
 
-Layers that are alike are printed once. Views are left out, an op's operands name what the views show;
-so are moves of parameters and inputs that send nothing. Equal plans print equally.
+Layers that are alike are printed once. Views are left out, an op's operands name what the views
+show; so are moves of parameters and inputs that send nothing. Equal plans print equally.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -17,7 +18,7 @@ from autotp.formula import formula_text, layer_formula, repeated_layer, symbol_s
 from autotp.notation import bytes_text, choice_text, seconds_text, type_text
 from autotp.plan import Alternative, Plan
 from autotp.program_text import program_lines
-from autotp.repeats import place_moves, sections
+from autotp.repeats import Section, place_moves, sections
 
 
 def plan_text(plan: Plan) -> str:
@@ -32,28 +33,32 @@ def _head(plan: Plan) -> str:
     return f"plan of one {mode} on grid {plan.grid} ({axes}) of {plan.cluster}"
 
 
-# Parameters ----------------------------------------------------------------------------------------
+# Parameters --------------------------------------------------------------------------------------
 
 
 def _parameter_lines(plan: Plan) -> list[str]:
     """Return a line per parameter; those of repeated layers, at rest alike, share one."""
-    counts: dict[tuple[str, str], int] = {}
-    patterns = [s for s in sections(plan, place_moves(plan)) if s.name]
+    counts: dict[tuple[str, str, str], int] = {}
+    layers = [s for s in sections(plan, place_moves(plan)) if s.name]
     for path, r in plan.params.items():
-        name = path
-        for section in patterns:
-            heads = [s for s in _layer_heads(section.prefix, len(section.layers)) if path.startswith(s)]
-            if heads:
-                name = f"{section.name}.{path.removeprefix(heads[0])}"
-        frozen = "" if r.trained else "   frozen"
-        text = f"{type_text(r.shape, r.layout, r.dtype, plan.grid)}   {bytes_text(r.local_bytes)}{frozen}"
-        counts[name, text] = counts.get((name, text), 0) + 1
-    width = max((len(name) for name, _ in counts), default=0)
+        size = bytes_text(r.local_bytes) + ("" if r.trained else ", frozen")
+        row = (f"{_pattern(path, layers)}:", type_text(r.shape, r.layout, r.dtype, plan.grid), size)
+        counts[row] = counts.get(row, 0) + 1
+    widths = [max((len(row[k]) for row in counts), default=0) for k in range(2)]
     rows = [
-        f"  {name + ':':<{width + 1}}  {text}" + (f"   x {n}" if n > 1 else "")
-        for (name, text), n in counts.items()
+        f"  {name:<{widths[0]}}  {type_:<{widths[1]}}  {size}" + (f" x {n}" if n > 1 else "")
+        for (name, type_, size), n in counts.items()
     ]
     return ["parameters at rest, bytes per rank", *rows]
+
+
+def _pattern(path: str, layers: Sequence[Section]) -> str:
+    """Return a parameter's name, that of all layers if it is in one that repeats."""
+    for section in layers:
+        for head in _layer_heads(section.prefix, len(section.layers)):
+            if path.startswith(head):
+                return f"{section.name}.{path.removeprefix(head)}"
+    return path
 
 
 def _layer_heads(prefix: str, count: int) -> list[str]:
@@ -62,7 +67,7 @@ def _layer_heads(prefix: str, count: int) -> list[str]:
     return [f"{path}{dot}{int(first) + k}." for k in range(count)]
 
 
-# Totals --------------------------------------------------------------------------------------------
+# Totals ------------------------------------------------------------------------------------------
 
 
 def _totals(plan: Plan) -> list[str]:
@@ -86,7 +91,8 @@ def _time_text(plan: Plan) -> str:
 
 def _sent_text(plan: Plan) -> str:
     parts = [
-        f"{kind} {axis} {bytes_text(float(size))}" for (kind, axis), size in sorted(plan.sent().items())
+        f"{kind} {axis} {bytes_text(float(size))}"
+        for (kind, axis), size in sorted(plan.sent().items())
     ]
     total = bytes_text(float(plan.comm_bytes))
     return f"{total}: {', '.join(parts)}" if parts else "nothing"
@@ -98,11 +104,11 @@ def _layer_text(plan: Plan) -> str:
     if layer is None:
         return ""
     formula = layer_formula(plan)
-    used = {str(k): n for k, n in symbol_sizes(plan).items() if k in formula.free_symbols}
-    where = ", ".join(f"{name}={n}" for name, n in used.items())
-    return f"{formula_text(formula)} elements sent in each of {layer.name}" + (
-        f" ({where})" if where else ""
-    )
+    if not formula.free_symbols:
+        return f"{formula} elements sent in each of {layer.name}"
+    sizes = symbol_sizes(plan, layer_only=True)
+    where = ", ".join(f"{symbol}={n}" for symbol, n in sizes.items())
+    return f"{formula_text(formula)} elements sent in each of {layer.name} ({where})"
 
 
 def _memory_text(plan: Plan) -> str:
@@ -116,7 +122,7 @@ def _memory_text(plan: Plan) -> str:
     return f"{bytes_text(m.total)}: {', '.join(f'{name} {bytes_text(n)}' for name, n in parts)}"
 
 
-# Explanations --------------------------------------------------------------------------------------
+# Explanations ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,15 +137,14 @@ class Explanation:
 
     def __str__(self) -> str:
         rows = [("", "choice", "step", "sent", "memory"), _row("chosen", self.chosen)]
-        rows += [
-            _row("runner-up", other, _slower(other, self.chosen)) for other in self.runners_up
-        ]
+        rows += [_row("runner-up", other, _slower(other, self.chosen)) for other in self.runners_up]
         widths = [max(len(row[k]) for row in rows) for k in range(5)]
         lines = [f"{self.name}: {self.op}" + (f"   {self.where}" if self.where else "")]
         for label, choice, *numbers in rows:
             head = f"  {label:<{widths[0]}}  {choice:<{widths[1]}}"
             tail = "  ".join(f"{n:>{w}}" for n, w in zip(numbers, widths[2:], strict=True))
             lines.append(f"{head}  {tail}")
+        lines += [] if self.runners_up else ["  no runner-up: it is pinned, or can do nothing else"]
         return "\n".join(lines)
 
 
@@ -166,7 +171,10 @@ def explain(plan: Plan, name: str) -> Explanation:
             remedy="plan the model again: autotp.plan(model, grid, example_inputs).explain(name)",
         )
     chosen = Alternative(
-        choice_text(decision, plan.grid), plan.step_time_s, Fraction(plan.comm_bytes), plan.memory_bytes
+        choice_text(decision, plan.grid),
+        plan.step_time_s,
+        Fraction(plan.comm_bytes),
+        plan.memory_bytes,
     )
     others = tuple(plan.alternatives(name))
     return Explanation(name, decision.op, decision.where, chosen, others)

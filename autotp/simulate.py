@@ -87,7 +87,7 @@ def run_grid(
     return GridRun(tuple(runs), whole_gradients(plan, runs))
 
 
-# One rank ------------------------------------------------------------------------------------------
+# One rank -----------------------------------------------------------------------------------------
 
 
 def leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -161,7 +161,7 @@ def sgd_step(params: Iterator[Tensor] | Sequence[Tensor], lr: float) -> None:
         torch.optim.SGD(with_grad, lr=lr, foreach=False).step()
 
 
-# All ranks together --------------------------------------------------------------------------------
+# All ranks together -------------------------------------------------------------------------------
 
 
 def whole_gradients(plan: Plan, runs: Sequence[RankRun]) -> dict[str, Tensor | None]:

@@ -55,7 +55,7 @@ SAMPLES = 4
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One call as a program, and by value name what goes in and comes out of it on whole tensors."""
+    """One call as a program, and by value name all that it takes and gives on whole tensors."""
 
     program: Program
     network: Network
@@ -118,8 +118,7 @@ def example_of(
         node.meta["val"] = operands[node.name] = value.detach().requires_grad_(value.requires_grad)
         return node
 
-    args, kwargs = pytree.tree_map(place, (tuple(args), dict(kwargs)))
-    node = graph.call_function(op, args, kwargs)
+    node = graph.call_function(op, *pytree.tree_map(place, (tuple(args), dict(kwargs))))
     results = _run_whole(graph, node, operands)
     graph.output(tuple(n for n in graph.nodes if n.name in results))
     program = _program(graph, operands, results)
@@ -234,9 +233,8 @@ def _prove(example: Example, strategy: Strategy, grid: Grid) -> None:
     try:
         made, grads = _run_ranks(example, strategy, operands, results, grid)
     except Exception as error:
-        raise _refuted(
-            op, strategy, grid, [("a rank", f"{type(error).__name__}: {error}")]
-        ) from error
+        fact = f"{type(error).__name__}: {error}"
+        raise _refuted(op, strategy, grid, [("a rank", fact)]) from error
     problems: list[Mismatch] = []
     close = _is_close if example.is_precise else _is_roughly_close
     for k, (v, layout) in enumerate(results.items()):
@@ -273,22 +271,22 @@ def _run_ranks(
 
     def step(rank: int, axes: dict[str, Axis]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         coords = grid.coords(rank)
-        leaves = {
-            n: p[coords].clone().requires_grad_(n in example.gradients) for n, p in cut.items()
-        }
+        leaves = {n: p[coords].clone() for n, p in cut.items()}
+        for n in example.gradients:
+            leaves[n].requires_grad_()
         module = emit(example.program, example.network, plan, coords, axes)
         made = dict(zip(example.results, module(*leaves.values()), strict=True))
         if example.gradients:
             torch.autograd.backward([made[v] for v in back], [g[coords] for g in back.values()])
-        grads = {
-            n: torch.zeros_like(leaves[n]) if leaves[n].grad is None else leaves[n].grad
-            for n in example.gradients
-        }
-        return made, grads  # type: ignore[return-value] - a gradient that is None became zero
+        return made, {n: _gradient(leaves[n]) for n in example.gradients}
 
     runs = dict(zip(grid.all_coords(), run_ranks(grid, step), strict=True))
-    made = {v: {c: run[0][v].detach() for c, run in runs.items()} for v in results}
-    return made, {n: {c: run[1][n] for c, run in runs.items()} for n in example.gradients}
+    made: dict[str, Pieces] = {v: {c: m[v].detach() for c, (m, _) in runs.items()} for v in results}
+    return made, {n: {c: g[n] for c, (_, g) in runs.items()} for n in example.gradients}
+
+
+def _gradient(leaf: Tensor) -> Tensor:
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
 
 def _plan(example: Example, strategy: Strategy, operands: Mapping[str, Layout], grid: Grid) -> Plan:

@@ -1,8 +1,8 @@
 """What a plan would take if one op chose otherwise: the search solved again without its choice.
 
-In: the solved search problem. Out: RunnersUp, which a Plan carries as `alternatives`. Each runner-up
-is a whole plan, the cheapest one in which the op has none of the choices before it; every other op
-is free to follow. Nothing is priced again: the problem's tables are shared with the first search.
+In: the solved search problem. Out: RunnersUp, which a Plan carries as `alternatives`. Each
+runner-up is a whole plan, the cheapest one in which the op has none of the choices before it; every
+other op is free to follow. Nothing is priced again: the problem's tables are shared.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from autotp.errors import BudgetError
+from autotp.notation import choice_text
 from autotp.passes.problem import restrict
 from autotp.passes.search import Solution, solve
 from autotp.passes.strategies import Model
 from autotp.plan import Alternative, Plan
-from autotp.notation import choice_text
 
 RUNNERS_UP = 3
 

