@@ -33,6 +33,7 @@ from autotp.ranks import (
     from_rank_0,
     make_mesh,
     refuse_disagreement,
+    together,
 )
 
 Pins = Mapping[str, Mapping[str, str]]
@@ -55,7 +56,7 @@ def compile_rank(
 ) -> Compiled:
     """Return the program of this rank: the six steps from a model to its collectives."""
     with stage("capture"):
-        program = capture(model, args, kwargs, train=train)
+        program = together(lambda: capture(model, args, kwargs, train=train))
         network = read_network(program)
     mine = fingerprint(program)
     refuse_disagreement(
@@ -217,16 +218,8 @@ def as_cluster(cluster: Cluster | str | None, device_type: str) -> Cluster:
 
 def _agreed(make: Callable[[], Plan]) -> Plan:
     """Return rank 0's plan on every rank; an error of rank 0 is raised on all."""
-    found: Any = None
-    if dist.get_rank() == 0:
-        try:
-            found = to_json(make())
-        except AutotpError as error:
-            found = error
-    found = from_rank_0(found)
-    if isinstance(found, AutotpError):
-        raise found
-    return from_json(found)
+    found = together(lambda: to_json(make()) if dist.get_rank() == 0 else None)
+    return from_json(from_rank_0(found))
 
 
 def _refuse_sharded(plan: Plan) -> None:

@@ -24,7 +24,6 @@ from autotp.comparison import (
     Tolerance,
     distance,
     finite_largest,
-    with_floor,
 )
 from autotp.divergence import first_divergence
 from autotp.errors import AutotpError, LayoutError
@@ -58,11 +57,16 @@ from autotp.simulate import (
 )
 
 
+Key = tuple[str, str]
+"""Kind and name of a tensor."""
+
+
 @dataclass(frozen=True, slots=True)
 class Subject:
     """A captured model with the step that every plan of it must reproduce.
 
     backward   the gradients that are sent back from the outputs
+    jitter     how far each tensor moves when parameters and inputs are rounded anew
     captured   how far the captured graph is from the original, where that stands between
     """
 
@@ -74,6 +78,8 @@ class Subject:
     inputs: tuple[Tensor, ...]
     reference: Step
     backward: Cotangents
+    tolerance: Tolerance
+    jitter: Mapping[Key, float]
     captured: tuple[Difference, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -90,16 +96,21 @@ def prepare(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     captured: tuple[Difference, ...] = ()
     with torch.random.fork_rng(_devices(state)), torch.enable_grad():
         program = capture(model, args, kwargs, train=model.training)
+        with warnings.catch_warnings(action="ignore"):
+            network = read_network(program)
+        rounding = tolerance(program, network)
         inputs = tuple(program.flatten_inputs(args, kwargs))
         reference, backward = original_step(model, program, args, kwargs)
         dropout = len(active_dropout(program))
         if dropout:
             drawn = captured_step(program, state, inputs, backward)
-            captured = tuple(with_floor(between_steps(program, reference, drawn)))
+            captured = tuple(between_steps(program, reference, drawn))
             turn_off(program)
             reference = captured_step(program, state, inputs, backward)
-    with warnings.catch_warnings(action="ignore"):
-        network = read_network(program)
+        moved = captured_step(
+            program, rounded(state, rounding.eps), rounded_inputs(inputs, rounding.eps), backward
+        )
+        jitter = {(d.kind, d.name): d.error for d in between_steps(program, reference, moved)}
     return Subject(
         model=type(model).__name__,
         program=program,
@@ -109,6 +120,8 @@ def prepare(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         inputs=inputs,
         reference=reference,
         backward=backward,
+        tolerance=rounding,
+        jitter=jitter,
         captured=captured,
         notes=tuple(_notes(program, network, dropout)),
     )
@@ -141,13 +154,13 @@ def compare(subject: Subject, plan: Plan) -> Report:
             problems.append("; ".join([f"{type(error).__name__}: {error}", *_added(error)]))
         else:
             problems += type_problems(subject, plan, run)
-            found += with_floor(between(subject, plan, run))
+            found += between(subject, plan, run)
         report = Report(
             model=subject.model,
             grid=str(plan.grid),
             mode="train" if plan.train else "eval",
             differences=tuple(found),
-            tolerance=tolerance(subject.program, subject.network),
+            tolerance=subject.tolerance,
             problems=tuple(problems),
             notes=subject.notes,
         )
@@ -217,7 +230,8 @@ def between_steps(program: Program, original: Step, other: Step) -> Iterator[Dif
     alone = as_grid((1,))
     pairs = zip(_everything(program, original), _everything(program, other), strict=True)
     for (kind, name, value), (_, _, here) in pairs:
-        yield difference(f"captured {kind}", name, [here], (I,), value, alone)
+        found = difference(kind, name, [here], (I,), value, alone)
+        yield replace(found, kind=f"captured {kind}")
 
 
 def _everything(program: Program, step: Step) -> Iterator[tuple[str, str, Tensor]]:
@@ -274,7 +288,7 @@ def longest_sum(op: Op) -> int:
     made = _factors(dim for dims in signature.results for dim in dims)
     lacking = [read - made, *(made - _factors(dims) for dims in signature.operands)]
     left_out = signature.whole | set(op.rule.split)
-    return max(math.prod(signature.sizes[f] for f in absent - left_out) for absent in lacking)
+    return max(math.prod([signature.sizes[f] for f in absent - left_out]) for absent in lacking)
 
 
 def _factors(dims: Any) -> set[str]:

@@ -1,26 +1,22 @@
 """The report of a check: every tensor's difference, the tolerance and its origin, where it began.
 
-    Difference   how far one tensor of all ranks is from the original's
-    Tolerance    what rounding may explain: 8 eps sqrt(n), n terms in the longest sum
-    Divergence   the first node of the emitted program whose value or gradient is off
-    Report       all of them; `str` writes a table with the worst tensors first
+Difference   how far one tensor of all ranks is from the original's
+Tolerance    what rounding may explain: 8 eps sqrt(n), n terms in the longest sum
+Divergence   the first node of the emitted program whose value or gradient is off
+Report       all of them; `str` writes a table with the worst tensors first
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 SAFETY = 8
 """Roundings of a sum add up like sqrt(n) eps; 8 covers the sums that follow one another."""
-
-FLOOR = 1e-3
-"""A tensor counts as at least this share of the largest of its kind. What is zero in exact
-arithmetic (the gradient of an attention key's bias) is rounding that no order of sums repeats."""
 
 SHOWN = 8
 
@@ -29,8 +25,9 @@ SHOWN = 8
 class Difference:
     """One tensor: the largest absolute difference on any rank, and the original's largest value.
 
-    kind   "output", "loss", "gradient", "parameter", "buffer", or "captured ..." for the graph
-           beside the original
+    kind    "output", "loss", "gradient", "parameter", "buffer", or "captured ..." for the graph
+            beside the original
+    jitter  how far the original's own tensor moves when its data are rounded anew
     """
 
     kind: str
@@ -38,12 +35,16 @@ class Difference:
     layout: str
     error: float
     largest: float
-    scale: float
+    jitter: float = 0.0
 
-    @property
-    def relative(self) -> float:
-        """The error as a share of the scale: the tensor's largest value, or its kind's floor."""
-        return self.error / (self.scale or 1.0)
+    def relative(self, tolerance: Tolerance) -> float:
+        """Return the error as a share of the tensor's scale.
+
+        That is its largest value, or, for one that is all rounding (the gradient of an attention
+        key's bias is zero in exact arithmetic), the value of which its jitter is a rounding.
+        """
+        scale = max(self.largest, SAFETY * self.jitter / tolerance.value)
+        return self.error / (scale or 1.0)
 
 
 def distance(a: Tensor, b: Tensor) -> float:
@@ -67,15 +68,6 @@ def finite_largest(t: Tensor) -> float:
     return float(values.nan_to_num(nan=0.0, posinf=0.0).max())
 
 
-def with_floor(rows: Iterable[Difference]) -> list[Difference]:
-    """Return differences whose scale is at least `FLOOR` of the largest tensor of their kind."""
-    found = list(rows)
-    top: dict[str, float] = {}
-    for d in found:
-        top[d.kind] = max(d.largest, top.get(d.kind, 0.0))
-    return [replace(d, scale=max(d.largest, FLOOR * top[d.kind])) for d in found]
-
-
 @dataclass(frozen=True, slots=True)
 class Tolerance:
     """The relative difference that rounding may make.
@@ -93,7 +85,7 @@ class Tolerance:
     @property
     def value(self) -> float:
         """The difference allowed, as a share of a tensor's scale."""
-        return SAFETY * self.eps * float(max(self.terms, 1)) ** 0.5
+        return SAFETY * self.eps * math.sqrt(self.terms)
 
     def __str__(self) -> str:
         return (
@@ -149,20 +141,22 @@ class Report:
     @property
     def ok(self) -> bool:
         """Whether nothing is wrong beyond rounding."""
-        return not self.problems and all(d.relative <= self.tolerance.value for d in self.worst(1))
+        return not self.problems and self.largest <= self.tolerance.value
 
     @property
     def largest(self) -> float:
         """The largest relative difference of all tensors."""
-        return max((d.relative for d in self.differences), default=0.0)
+        return max((d.relative(self.tolerance) for d in self.differences), default=0.0)
 
     def worst(self, count: int = SHOWN) -> list[Difference]:
         """Return the tensors that are furthest off, in falling order."""
-        return sorted(self.differences, key=lambda d: (-d.relative, d.kind, d.name))[:count]
+        return sorted(
+            self.differences, key=lambda d: (-d.relative(self.tolerance), d.kind, d.name)
+        )[:count]
 
     def __str__(self) -> str:
         lines = [f"check  {self.model} on {self.grid}, {self.mode}: {self._verdict()}", ""]
-        lines += table(self.worst(), self.tolerance.value)
+        lines += table(self.worst(), self.tolerance)
         rest = len(self.differences) - SHOWN
         lines += [f"  ... {rest} more, none further off"] if rest > 0 else []
         lines += ["", f"tolerance  {self.tolerance}"]
@@ -172,18 +166,19 @@ class Report:
         return "\n".join(lines)
 
     def _verdict(self) -> str:
-        off = sum(d.relative > self.tolerance.value for d in self.differences)
+        off = sum(d.relative(self.tolerance) > self.tolerance.value for d in self.differences)
         if self.ok:
             return f"ok, {len(self.differences)} tensors equal up to rounding"
         return f"FAILED, {off} of {len(self.differences)} tensors differ"
 
 
-def table(rows: Sequence[Difference], tolerance: float) -> list[str]:
+def table(rows: Sequence[Difference], tolerance: Tolerance) -> list[str]:
     """Write differences as aligned lines under a heading."""
     cells = [("tensor", "kind", "layout", "largest", "error", "relative", "")]
     for d in rows:
-        mark = "" if d.relative <= tolerance else "  <-- differs"
-        numbers = (f"{d.largest:.3g}", f"{d.error:.1e}", f"{d.relative:.1e}")
+        relative = d.relative(tolerance)
+        mark = "" if relative <= tolerance.value else "  <-- differs"
+        numbers = (f"{d.largest:.3g}", f"{d.error:.1e}", f"{relative:.1e}")
         cells.append((d.name, d.kind, d.layout, *numbers, mark))
     widths = [max(len(row[k]) for row in cells) for k in range(6)]
     left = ("<", "<", "<", ">", ">", ">")

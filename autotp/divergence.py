@@ -18,12 +18,12 @@ from torch import Tensor, fx
 
 from autotp.comparison import Divergence, distance, finite_largest
 from autotp.grid import Grid
-from autotp.layouts import Layout, P, R, layout_text
+from autotp.layouts import AxisType, Layout, P, R, layout_text
 from autotp.passes.network import is_getitem, value_name
 from autotp.passes.program import Program
 from autotp.simulate import Execute, differences, run_backward
 
-DUAL = {R: P, P: R}
+DUAL: dict[AxisType, AxisType] = {R: P, P: R}
 """The type of a gradient, where it is not that of the value."""
 
 Values = dict[str, Tensor]
@@ -129,7 +129,7 @@ def backward_divergence(runs: _Runs) -> Divergence | None:
         if not (expected.requires_grad and expected.is_floating_point()):
             continue
         pieces = [_gradient(runs.ranks[r].get(node.name)) for r in range(runs.grid.world_size)]
-        dual = tuple(DUAL.get(t, t) for t in node.meta["layout"])  # type: ignore[call-overload]
+        dual = tuple(DUAL.get(t, t) for t in node.meta["layout"])
         whole = _gradient(expected)
         assert whole is not None
         off = _off(pieces, dual, whole, runs)
@@ -144,9 +144,7 @@ def _gradient(t: Tensor | None) -> Tensor | None:
     return torch.zeros_like(t) if t.grad is None else t.grad
 
 
-def _off(
-    pieces: Sequence[Tensor | None], layout: Layout, expected: Tensor, runs: _Runs
-) -> float:
+def _off(pieces: Sequence[Tensor | None], layout: Layout, expected: Tensor, runs: _Runs) -> float:
     """Return the relative difference; infinite where a rank has nothing."""
     present = [p.detach() for p in pieces if p is not None]
     if len(present) < len(pieces):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
+from typing import Any
 
 
 class AutotpError(Exception):
@@ -19,6 +21,9 @@ class AutotpError(Exception):
     ) -> None:
         self.what, self.at, self.remedy = what, tuple(at), remedy
         super().__init__(self._text())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial(type(self), at=self.at, remedy=self.remedy), (self.what,)
 
     def _text(self) -> str:
         width = max((len(place) for place, _ in self.at), default=0)

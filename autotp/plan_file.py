@@ -8,7 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from autotp.errors import PlanError
+from autotp.errors import GridError, PlanError
 from autotp.grid import Grid
 from autotp.layouts import layout_text, parse_layout
 from autotp.plan import Decision, Memory, Plan, PlannedMove, Resting
@@ -77,15 +77,16 @@ def _move_data(m: PlannedMove) -> list[Any]:
 
 def from_json(data: Mapping[str, Any]) -> Plan:
     """Return the plan that `to_json` wrote. Raises PlanError for another format or version."""
-    if data.get("format") != "autotp plan" or data.get("version") != VERSION:
+    written = (data.get("format"), data.get("version")) if isinstance(data, Mapping) else None
+    if written != ("autotp plan", VERSION):
         raise PlanError(
             f"not a plan of version {VERSION}",
-            at=[("file", f"format {data.get('format')!r}, version {data.get('version')!r}")],
+            at=[("file", "format {!r}, version {!r}".format(*written) if written else "no plan")],
             remedy="plan again and save",
         )
     try:
         return _read(data)
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except (AttributeError, GridError, KeyError, IndexError, TypeError, ValueError) as error:
         raise PlanError(
             "the plan file is damaged", at=[("file", repr(error))], remedy="plan again and save"
         ) from error

@@ -327,4 +327,4 @@ def _remark(moves: Sequence[PlannedMove]) -> str:
     sent = sum((size for m in moves for _, size in m.sent), Fraction(0))
     backward = dict.fromkeys(m.backward for m in moves if m.backward not in LOCAL)
     said = [f"{bytes_text(float(sent))} sent"] if sent else []
-    return ", ".join(said + [f"backward {kind_}" for kind_ in backward])
+    return ", ".join(said + ([f"backward {', '.join(backward)}"] if backward else []))

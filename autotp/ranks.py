@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from autotp.errors import GridError, RuntimeStateError
+from autotp.errors import AutotpError, GridError, RuntimeStateError
 from autotp.grid import Grid
+
+T = TypeVar("T")
 
 
 def ensure_process_group(grid: Grid, device_type: str) -> None:
@@ -57,12 +59,39 @@ def from_rank_0(value: Any) -> Any:
     return box[0]
 
 
+def together(make: Callable[[], T]) -> T:
+    """Return this rank's `make()`; where it raises on any rank, raise on all, none left waiting."""
+    value, mine = None, None
+    try:
+        value = make()
+    except Exception as error:
+        mine = error
+    for rank, error in enumerate(_gathered(_portable(mine))):
+        if mine is None and error is not None:
+            error.add_note(f"raised on rank {rank}")
+            raise error
+    if mine is not None:
+        raise mine
+    return cast(T, value)
+
+
+def _portable(error: Exception | None) -> AutotpError | None:
+    if error is None or isinstance(error, AutotpError):
+        return error
+    return RuntimeStateError(f"{type(error).__name__}: {error}")
+
+
+def _gathered(value: Any) -> list[Any]:
+    """Return every rank's `value`, in rank order."""
+    everyone: list[Any] = [value] * dist.get_world_size()
+    if len(everyone) > 1:
+        dist.all_gather_object(everyone, value)
+    return everyone
+
+
 def refuse_disagreement(what: str, mine: Mapping[str, str], remedy: str) -> None:
     """Raise RuntimeStateError on all ranks, naming those whose values differ from rank 0's."""
-    everyone: list[Any] = [None] * dist.get_world_size()
-    if len(everyone) > 1:
-        dist.all_gather_object(everyone, dict(mine))
-    first, *others = everyone
+    first, *others = _gathered(dict(mine))
     at = [(f"rank {rank}", _difference(first, o)) for rank, o in enumerate(others, 1) if o != first]
     if at:
         raise RuntimeStateError(f"the ranks have different {what}", at=at, remedy=remedy)

@@ -123,7 +123,7 @@ def _signature(
     prefix = "" if layer is None else f"{layer[0]}{layer[1]}"
     params = {r.value: name for name, r in plan.params.items()}
     slots: dict[str, Hashable] = {}
-    rows = []
+    rows: list[Hashable] = []
     for d in ops:
         for v in d.reads:
             path = params.get(v, "")

@@ -7,7 +7,7 @@ ranks hold is from a whole tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -154,7 +154,7 @@ def _local_gradients(
     ]
 
 
-def sgd_step(params: Iterator[Tensor] | Sequence[Tensor], lr: float) -> None:
+def sgd_step(params: Iterable[Tensor], lr: float) -> None:
     """Take one step of plain SGD where there is a gradient."""
     with_grad = [p for p in params if p.grad is not None]
     if with_grad and lr:

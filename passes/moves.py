@@ -1,8 +1,8 @@
 """What it costs to bring a value from one layout to another, and by which moves.
 
-A value's layouts form a graph whose edges change the type of one axis (`layouts.MOVES`), each priced
-forward and backward; `Moves.table` holds the cheapest way between any two of them, and `path` spells
-it out. Prices are those of one rank, the largest.
+A value's layouts form a graph whose edges change the type of one axis (`layouts.MOVES`), each
+priced forward and backward; `Moves.table` holds the cheapest way between any two of them, and
+`path` spells it out. Prices are those of one rank, the largest.
 """
 
 from __future__ import annotations
@@ -92,6 +92,7 @@ class Moves:
     cluster: Cluster
     _tables: dict[tuple[object, ...], MoveTable] = field(default_factory=dict)
     _columns: dict[tuple[Layout, ...], Column] = field(default_factory=dict)
+    _prices: dict[tuple[str, int, int], float] = field(default_factory=dict)
     _between: dict[tuple[MoveTable, Column, Column], np.ndarray] = field(default_factory=dict)
 
     def column(self, layouts: Iterable[Layout]) -> Column:
@@ -146,6 +147,12 @@ class Moves:
         """Return the seconds of one collective, or of a local copy, over one axis."""
         if kind == "none":
             return 0.0
+        key = (kind, size_bytes, axis)
+        if key not in self._prices:
+            self._prices[key] = self._price(kind, size_bytes, axis)
+        return self._prices[key]
+
+    def _price(self, kind: str, size_bytes: int, axis: int) -> float:
         if kind in FREE:
             return float(op_s(0, 2 * size_bytes, torch.float32, self.cluster))
         link = self.cluster.link(self.grid.sizes, axis)
@@ -198,7 +205,7 @@ def _close(seconds: np.ndarray, via: np.ndarray) -> None:
 def wire_bytes(
     before: AxisType, after: AxisType, before_bytes: int, after_bytes: int, ranks: int
 ) -> int:
-    """Return the full size of a move's buffer: the largest chunk for every rank, where chunks differ."""
+    """Return the full size of a move's buffer: the largest chunk for every rank."""
     if isinstance(before, Shard) and isinstance(after, Shard):
         return max(before_bytes, after_bytes)
     if isinstance(before, Shard):
@@ -207,7 +214,7 @@ def wire_bytes(
 
 
 def exchange_bytes(local: Shape, before: AxisType, after: Shard, ranks: int) -> int:
-    """Return the elements of an all-to-all's buffer: the new dim filled up to a multiple of ranks."""
+    """Return the elements of an all-to-all's buffer: the new dim filled to a multiple of ranks."""
     filled = list(local)
     if isinstance(before, Shard) and before.dim != after.dim:
         filled[after.dim] = -(-local[after.dim] // ranks) * ranks

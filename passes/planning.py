@@ -1,20 +1,18 @@
 """From a captured program to a Plan: strategies, search, and the numbers read back as decisions.
 
-`search_plan` is the straight line. What it needs of the search is numbers only; what it returns holds
-no fx node, so that it can be saved, sent to other ranks and compared.
+`search_plan` is the straight line. What it needs of the search is numbers only; what it returns
+holds no fx node, so that it can be saved, sent to other ranks and compared.
 """
 
 from __future__ import annotations
 
 import hashlib
-import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
-
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
@@ -26,13 +24,15 @@ from autotp.grid import Grid
 from autotp.layouts import I, Layout, splitters
 from autotp.passes.explain import RunnersUp
 from autotp.passes.factors import Factors
-from autotp.passes.moves import MoveTable
+from autotp.passes.moves import Moves, MoveTable
 from autotp.passes.network import Network, Op, Value
 from autotp.passes.pins import PinFilter, Pins, check_pins, refuse_misfits
+from autotp.passes.pricing import RESULT, Table, saved_positions, typing_of
+from autotp.passes.problem import Problem
 from autotp.passes.program import Program
 from autotp.passes.schedule import needs_of, schedule
 from autotp.passes.search import Solution, solve
-from autotp.passes.strategies import Model, Table, build_model
+from autotp.passes.strategies import Limits, Model, build_model
 from autotp.passes.traffic import internal_traffic
 from autotp.plan import Decision, Memory, Plan, Resting
 
@@ -67,23 +67,41 @@ def search_plan(
     check_pins(pins or {}, grid, program, network)
     kept = PinFilter(pins or {}, grid, program.names, program.params)
     fixed = {node: rest[fqn] for node, fqn in program.params.items() if rest and fqn in rest}
-    start = time.process_time()
-    model = build_model(
-        network, factors, grid, cluster, program.params, kept.op, kept.rest, fixed, sharded_outputs
-    )
+    limits = Limits(kept.op, kept.rest, fixed, sharded_outputs)
+    model = build_model(network, factors, grid, cluster, program.params, limits)
     refuse_misfits(kept)
-    solution = solve(model.problem, memory_budget_bytes=budget(cluster))
-    if not np.isfinite(solution.cost_s):
-        raise PinError("pins that contradict each other", remedy="remove one of them")
-    seconds = time.process_time() - start
 
     def read(solution: Solution) -> Plan:
-        return read_plan(program, network, factors, model, solution, grid, cluster, seconds)
+        return read_plan(program, network, factors, model, solution, grid, cluster)
 
+    solution = solve_within(model.problem, budget(cluster), read)
+    if not np.isfinite(solution.cost_s):
+        raise PinError("pins that contradict each other", remedy="remove one of them")
     ops = {program.names[op.name]: op.name for op in network.ops}
     runners_up = RunnersUp(model, solution, ops, budget(cluster), read)
     plan = replace(read(solution), alternatives=runners_up)
     return Planned(plan, network, factors, model, solution)
+
+
+def solve_within(
+    problem: Problem, limit: float | None, read: Callable[[Solution], Plan]
+) -> Solution:
+    """Return the cheapest solution whose plan needs at most `limit` bytes.
+
+    The search counts a value that several ops keep in different layouts once; the plan counts each.
+    What that adds is taken from the budget, until the plan fits.
+
+    Raises BudgetError where no plan fits.
+    """
+    solution = solve(problem, limit)
+    spent_s = solution.seconds
+    while limit is not None and np.isfinite(solution.cost_s):
+        over = read(solution).memory.total - limit
+        if over <= 0:
+            break
+        solution = solve(problem, solution.memory_bytes - over)
+        spent_s += solution.seconds
+    return replace(solution, seconds=spent_s)
 
 
 def budget(cluster: Cluster) -> float | None:
@@ -99,7 +117,6 @@ def read_plan(
     solution: Solution,
     grid: Grid,
     cluster: Cluster,
-    seconds: float,
 ) -> Plan:
     """Return the choices of a solution as a Plan."""
     chosen = list(zip(model.variables, solution.choice, strict=True))
@@ -134,10 +151,10 @@ def read_plan(
         outputs=outputs,
         moves=schedule(network, needs, move_tables, model.moves),
         internal=_internal(network, decisions, grid),
-        memory=_memory(params.values(), decisions),
+        memory=_memory(params.values(), _saved(network, decisions, rest, model.moves)),
         step_time_s=solution.cost_s,
         lower_bound_s=solution.lower_bound_s,
-        search_s=seconds,
+        search_s=solution.seconds,
         method=solution.method,
         unruled=tuple(network.unruled.items()),
     )
@@ -206,14 +223,27 @@ def _resting(
     return out
 
 
-def _memory(resting: Collection[Resting], decisions: Sequence[Decision]) -> Memory:
+def _memory(resting: Collection[Resting], saved_bytes: int) -> Memory:
     trained = sum(r.local_bytes for r in resting if r.trained)
     return Memory(
         parameters=sum(r.local_bytes for r in resting),
         gradients=trained,
         optimizer=ADAMW_STATES * trained,
-        activations=sum(d.memory_bytes for d in decisions),
+        activations=saved_bytes,
     )
+
+
+def _saved(
+    network: Network, decisions: Sequence[Decision], rest: Mapping[str, Layout], moves: Moves
+) -> int:
+    """Return the bytes that backward keeps: of each value once per layout, not of what rests so."""
+    saved = {
+        (op.results[0], d.results[0]) if slot == RESULT else (op.operands[slot], d.operands[slot])
+        for op, d in zip(network.ops, decisions, strict=True)
+        for slot in saved_positions(op, typing_of(network, op))
+    }
+    held = [(network.values[v], layout) for v, layout in saved if rest.get(v) != layout]
+    return sum(moves.local_bytes(v.shape, v.dtype, layout) for v, layout in held)
 
 
 def _internal(

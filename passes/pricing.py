@@ -1,7 +1,7 @@
 """What the choices of one variable are and cost: a Table of layouts, seconds and bytes.
 
-An op's seconds are its roofline, forward and backward, and what its program sends; its bytes are what
-backward keeps. A parameter's seconds are the optimizer's traffic, its bytes its state.
+An op's seconds are its roofline, forward and backward, and what its program sends; its bytes are
+what backward keeps. A parameter's seconds are the optimizer's traffic, its bytes its state.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ STATE_COPIES = 2 + ADAMW_STATES
 """A trained parameter, its gradient and the optimizer's states."""
 
 UPDATE_TRAFFIC = 2 * ADAMW_STATES + 3
-"""Passes over a parameter's bytes in one AdamW step: read p, g and the states, write p and states."""
+"""Passes over a parameter's bytes in one AdamW step: reads p, g and states, writes p and states."""
 
 RESULT = -1
 """Stands for an op's first result among the positions of what backward keeps."""
@@ -89,9 +89,7 @@ def price_op(op: Op, strategies: Sequence[Strategy], typing: Typing, moves: Move
     )
 
 
-def _op_cost(
-    op: Op, s: Strategy, typing: Typing, moves: Moves
-) -> tuple[float, dict[int, int]]:
+def _op_cost(op: Op, s: Strategy, typing: Typing, moves: Moves) -> tuple[float, dict[int, int]]:
     """Return seconds, forward and backward, and the bytes of each operand and of the result."""
     tensors = [*(t for t in op.call.operands if t), *op.call.results]
     held = [
@@ -111,15 +109,22 @@ def _op_cost(
 
 
 def saved_positions(op: Op, typing: Typing) -> list[int]:
-    """Return the operands (and RESULT) that backward needs."""
+    """Return the operands (and RESULT) that backward needs.
+
+    A product keeps an operand for the gradients of the others; a linear map of one keeps nothing.
+    """
     count = len(typing.operands)
     if not any(typing.results):
         return []
     if op.rule.saves is not None:
         return [k for k in op.rule.saves if k < count]
+    linear = op.rule.linear_in(op.call)
     if count == 1:
-        return [0]
-    return [k for k in range(count) if k not in op.signature.added]
+        return [] if linear else [0]
+    factors = [k for k in range(count) if k not in op.signature.added]
+    if linear != "each":
+        return factors
+    return [k for k in factors if any(typing.operands[j] for j in factors if j != k)]
 
 
 def local_flops(op: Op, s: Strategy, grid: Grid) -> int:
@@ -132,7 +137,7 @@ def local_flops(op: Op, s: Strategy, grid: Grid) -> int:
 
 
 def products(op: Op) -> list[list[str]]:
-    """Return the products of factors that an op multiplies out: from its rule, or its contraction."""
+    """Return the products of factors that an op multiplies out, by its rule or its contraction."""
     if op.rule.flops:
         return [term.split() for term in op.rule.flops.split("+")]
     sig = op.signature

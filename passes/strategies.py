@@ -1,7 +1,7 @@
 """The search problem: which strategies each op has, what they cost, and what their meeting costs.
 
-In: a Network and its Factors, a grid, a cluster, pins. Out: a Model of the search, whose `problem` is
-numbers only and whose `variables` say what the numbers mean:
+In: a Network and its Factors, a grid, a cluster, pins. Out: a Model of the search, whose `problem`
+is numbers only and whose `variables` say what the numbers mean:
 
     op     one per op: its strategy                       unary: roofline seconds, saved bytes
     rest   one per parameter: its layout at rest          unary: the optimizer's traffic, its bytes
@@ -9,43 +9,41 @@ numbers only and whose `variables` say what the numbers mean:
            pairs: producer -> copy -> each consumer, else producer -> consumer; the cheapest moves
 
 Equal calls on equal shapes share their tables, so that a repeated layer costs nothing to describe
-and is recognised by the search.
+and is recognised by the search. What is kept for backward is charged once: to the first op that
+keeps it, or to the copy where several do. `pricing` fills the tables.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from autotp.cost_model.cluster import Cluster
-from autotp.cost_model.compute import op_s
-from autotp.cost_model.memory import ADAMW_STATES
 from autotp.grid import Grid
 from autotp.layouts import I, Layout, Shard, is_valid
 from autotp.passes.choices import Strategy, Typing, strategies_of
 from autotp.passes.factors import Factors
-from autotp.passes.moves import AxisTypes, Moves, MoveTable, axis_types
+from autotp.passes.moves import AxisTypes, Column, Moves, MoveTable, axis_types
 from autotp.passes.network import Network, Op, Value
-from autotp.passes.search import Problem
-from autotp.passes.traffic import internal_traffic
+from autotp.passes.pricing import (
+    RESULT,
+    Table,
+    price_copy,
+    price_op,
+    price_rest,
+    saved_positions,
+    typing_of,
+)
+from autotp.passes.problem import Problem
 
-OpFilter = Callable[[Op, Sequence[Strategy]], Sequence[int]]
-RestFilter = Callable[[str, Sequence[Layout]], Sequence[int]]
+OUTPUT = -1
+"""Stands among a value's readers for the program's result."""
 
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """The choices of one variable: their layouts as operand and result, seconds and bytes."""
-
-    strategies: tuple[Strategy, ...]
-    operands: tuple[tuple[Layout, ...], ...]  # per operand, the layout under each strategy
-    results: tuple[tuple[Layout, ...], ...]
-    seconds: np.ndarray
-    memory: np.ndarray
+Position = tuple[int, int]
+"""An op and one of its operands, both by number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,29 +70,67 @@ class Model:
         return self.moves.table(value.shape, value.dtype, value.grad, self.types[value.name])
 
 
+def _all(subject: object, choices: Sequence[object]) -> Sequence[int]:
+    return range(len(choices))
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What narrows the choices.
+
+    op, rest         the numbers of an op's strategies and of a parameter's layouts that are allowed
+    fixed            how some parameters rest already
+    sharded_outputs  whether outputs may be returned in shards
+    """
+
+    op: Callable[[Op, Sequence[Strategy]], Sequence[int]] = _all
+    rest: Callable[[str, Sequence[Layout]], Sequence[int]] = _all
+    fixed: Mapping[str, Layout] = field(default_factory=dict)
+    sharded_outputs: bool = False
+
+    def may_return(self, layout: Layout) -> bool:
+        """Say whether the program may return an output in this layout."""
+        return is_owned(layout) if self.sharded_outputs else all(t is I for t in layout)
+
+
 @dataclass(slots=True)
 class _Builder:
+    """What is known so far of the problem.
+
+    wide     of every op, its table before any pin; `tables` after
+    readers  of every value, who reads it; `savers` which slots of which ops backward needs
+    places   of every value, the variable that decides where readers find it, and its layouts
+    """
+
     network: Network
     factors: Factors
-    grid: Grid
-    cluster: Cluster
+    moves: Moves
     params: Mapping[str, str]
-    filter_op: OpFilter
-    filter_rest: RestFilter
-    fixed_rest: Mapping[str, Layout]
-    output_layouts: Callable[[Layout], bool]
-    moves: Moves = field(init=False)
-    wide: list[Table] = field(default_factory=list)  # of every op, before any pin
-    op_tables: dict[tuple[object, ...], Table] = field(default_factory=dict)
-    arrays: dict[tuple[object, ...], np.ndarray] = field(default_factory=dict)
+    limits: Limits
+    readers: Mapping[str, list[Position]]
+    savers: Mapping[str, list[Position]]
+    wide: list[Table] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    made: dict[tuple[object, ...], Table] = field(default_factory=dict)
+    resting: dict[tuple[object, ...], Column] = field(default_factory=dict)
+    met: dict[tuple[object, ...], AxisTypes] = field(default_factory=dict)
     variables: list[Variable] = field(default_factory=list)
-    numbers: dict[tuple[str, str], int] = field(default_factory=dict)
     unary: list[np.ndarray] = field(default_factory=list)
     pairs: list[tuple[int, int, np.ndarray]] = field(default_factory=list)
+    places: dict[str, tuple[int, Column]] = field(default_factory=dict)
     types: dict[str, AxisTypes] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self.moves = Moves(self.grid, self.cluster)
+    def table(self, key: tuple[object, ...], make: Callable[[], Table]) -> Table:
+        """Return the table of this key, made at most once."""
+        if key not in self.made:
+            self.made[key] = make()
+        return self.made[key]
+
+    def add(self, kind: str, name: str, table: Table) -> int:
+        """Add a variable and return its number."""
+        self.variables.append(Variable(kind, name, table))
+        self.unary.append(table.seconds)
+        return len(self.unary) - 1
 
 
 def build_model(
@@ -103,91 +139,86 @@ def build_model(
     grid: Grid,
     cluster: Cluster,
     params: Mapping[str, str],
-    filter_op: OpFilter,
-    filter_rest: RestFilter,
-    fixed_rest: Mapping[str, Layout],
-    sharded_outputs: bool = False,
+    limits: Limits | None = None,
 ) -> Model:
     """Return the search problem of `network` on `grid`.
 
-    `params` names the values that are parameters; the filters keep the choices that pins allow, and
-    `fixed_rest` says how some parameters rest already.
+    `params` names the values that are parameters.
     """
-    outputs = _is_whole if not sharded_outputs else is_owned
-    b = _Builder(
-        network, factors, grid, cluster, params, filter_op, filter_rest, fixed_rest, outputs
-    )
-    b.wide = [_op_table(b, op) for op in network.ops]
-    tables = [_pinned(b, op, table) for op, table in zip(network.ops, b.wide, strict=True)]
-    readers = _readers(network)
-    made = {v: (n, k) for n, op in enumerate(network.ops) for k, v in enumerate(op.results)}
-    numbers: dict[int, int] = {}
-    for n, (op, table) in enumerate(zip(network.ops, tables, strict=True)):
+    limits = limits or Limits()
+    moves, savers = Moves(grid, cluster), _savers(network)
+    b = _Builder(network, factors, moves, params, limits, _readers(network), savers)
+    for op in network.ops:
+        _add_tables(b, op)
+    numbers = []
+    for n, op in enumerate(network.ops):
         for value in dict.fromkeys(op.operands):
             if value in params and value not in b.types:
-                _add_source(b, value, readers[value], tables)
-        numbers[n] = _add(b, Variable("op", op.name, table), table.seconds)
+                _add_source(b, value)
+        numbers.append(b.add("op", op.name, b.tables[n]))
         for k, value in enumerate(op.results):
-            _note_types(b, value, [*b.wide[n].results[k]], readers[value])
-            if len(readers[value]) > 1:
-                _add_copy(b, value, readers[value], tables, numbers[n], table.results[k])
+            b.places[value] = (numbers[n], b.tables[n].results[k])
+            _note_types(b, value, [b.wide[n].results[k]])
+            _add_copy(b, value)
     for n, op in enumerate(network.ops):
-        for position, value in enumerate(op.operands):
-            _join(b, value, position, numbers, n, made, tables, readers[value])
-    for value in dict.fromkeys(o for o in network.outputs if o):
-        _join_output(b, value, made, numbers, tables)
+        for value, wanted in zip(op.operands, b.tables[n].operands, strict=True):
+            _join(b, value, numbers[n], wanted)
+    for value in dict.fromkeys(o for o in network.outputs if o in b.places):
+        _join_output(b, value)
+    return Model(_problem(b), tuple(b.variables), moves, b.types, limits.may_return)
+
+
+def _problem(b: _Builder) -> Problem:
     interned: dict[bytes, np.ndarray] = {}
     unary = tuple(interned.setdefault(u.tobytes(), u) for u in b.unary)
-    problem = Problem(
+    return Problem(
         sizes=tuple(len(u) for u in unary),
         unary=unary,
         pairs=tuple(b.pairs),
         memory=tuple(v.table.memory for v in b.variables),
     )
-    return Model(problem, tuple(b.variables), b.moves, b.types, outputs)
 
 
-OUTPUT = -1
-"""Stands among a value's readers for the program's result."""
+def is_owned(layout: Layout) -> bool:
+    """Say whether every rank holds the whole of a tensor, or its own part of it."""
+    return all(t is I or isinstance(t, Shard) for t in layout)
 
 
-def _readers(network: Network) -> dict[str, list[tuple[int, int]]]:
+def _readers(network: Network) -> dict[str, list[Position]]:
     readers = network.consumers()
     for value in dict.fromkeys(o for o in network.outputs if o):
         readers[value].append((OUTPUT, 0))
     return readers
 
 
-def _is_whole(layout: Layout) -> bool:
-    return all(t is I for t in layout)
+def _savers(network: Network) -> dict[str, list[Position]]:
+    """Return, per value, who keeps it for backward: the op and the slot, each op once."""
+    savers: dict[str, dict[int, int]] = {name: {} for name in network.values}
+    for n, op in enumerate(network.ops):
+        for slot in saved_positions(op, typing_of(network, op)):
+            savers[op.results[0] if slot == RESULT else op.operands[slot]].setdefault(n, slot)
+    return {name: list(slots.items()) for name, slots in savers.items()}
 
 
-def is_owned(layout: Layout) -> bool:
-    return all(t is I or isinstance(t, Shard) for t in layout)
+# Tables ------------------------------------------------------------------------------------------
 
 
-# Tables of one op --------------------------------------------------------------------------------
+def _add_tables(b: _Builder, op: Op) -> None:
+    """Add the table of an op: all its strategies, then those that the pins allow."""
+    typing = typing_of(b.network, op)
+    key = tuple(_op_key(op, typing, b.factors))
 
+    def price() -> Table:
+        return price_op(op, strategies_of(op, typing, b.factors, b.moves.grid), typing, b.moves)
 
-def _op_table(b: _Builder, op: Op) -> Table:
-    typing = Typing.of(
-        [b.network.values[v] for v in op.operands], [b.network.values[v] for v in op.results]
-    )
-    key = (*_op_key(op, typing, b.factors),)
-    if key not in b.op_tables:
-        b.op_tables[key] = _price(b, op, strategies_of(op, typing, b.factors, b.grid), typing)
-    return b.op_tables[key]
-
-
-def _pinned(b: _Builder, op: Op, table: Table) -> Table:
-    """Return the part of a table that the pins allow; equal parts are one table."""
-    kept = tuple(b.filter_op(op, table.strategies))
-    if len(kept) == len(table.strategies):
-        return table
-    key = (id(table), kept)
-    if key not in b.op_tables:
-        b.op_tables[key] = _keep(table, kept)
-    return b.op_tables[key]
+    wide = b.table(key, price)
+    slots = _charged(b, len(b.wide))
+    b.wide.append(wide)
+    charged = b.table((wide, slots), lambda: wide.charge(slots))
+    kept = tuple(b.limits.op(op, wide.strategies))
+    if len(kept) < len(wide.strategies):
+        charged = b.table((charged, kept), lambda: charged.keep(kept, b.moves))
+    b.tables.append(charged)
 
 
 def _op_key(op: Op, typing: Typing, factors: Factors) -> Iterable[object]:
@@ -203,144 +234,58 @@ def _op_key(op: Op, typing: Typing, factors: Factors) -> Iterable[object]:
             yield (factor, way.parts, way.unit_count, way.is_atom, atom, factors.name(way.atom))
 
 
-def _keep(table: Table, kept: Sequence[int]) -> Table:
-    index = list(kept)
-    return Table(
-        strategies=tuple(table.strategies[k] for k in index),
-        operands=tuple(tuple(row[k] for k in index) for row in table.operands),
-        results=tuple(tuple(row[k] for k in index) for row in table.results),
-        seconds=table.seconds[index],
-        memory=table.memory[index],
+def _charged(b: _Builder, n: int) -> tuple[int, ...]:
+    """Return the slots whose bytes op n is charged: where it is the first to keep them."""
+    op = b.network.ops[n]
+    values = {RESULT: op.results[0], **dict(enumerate(op.operands))}
+    return tuple(
+        slot
+        for slot, value in values.items()
+        if b.savers[value][:1] == [(n, slot)] and not _is_charged_to_copy(b, value)
     )
 
 
-def _price(b: _Builder, op: Op, strategies: Sequence[Strategy], typing: Typing) -> Table:
-    costs = [_op_cost(b, op, s, typing) for s in strategies]
-    operands = zip(*(s.operands for s in strategies), strict=True)
-    results = zip(*(s.results for s in strategies), strict=True)
-    return Table(
-        strategies=tuple(strategies),
-        operands=tuple(operands),
-        results=tuple(results),
-        seconds=np.array([c[0] for c in costs]),
-        memory=np.array([c[1] for c in costs]),
-    )
+def _is_charged_to_copy(b: _Builder, value: str) -> bool:
+    return len(b.savers[value]) > 1 and len(b.readers[value]) > 1
 
 
-PASSES = 3
-"""Forward once, and backward twice as much: the gradients of both operands of a product."""
+# Variables and their meeting ---------------------------------------------------------------------
 
 
-def _op_cost(b: _Builder, op: Op, s: Strategy, typing: Typing) -> tuple[float, float]:
-    """Return seconds, forward and backward, and the bytes that backward keeps."""
-    tensors = [t for t in op.call.operands if t]
-    held = [
-        b.moves.local_bytes(t.shape, t.dtype, layout)
-        for t, layout in zip(
-            [*tensors, *op.call.results], [*s.operands, *s.results], strict=True
-        )
-    ]
-    count = len(tensors)
-    training = any(typing.results)
-    kept = sum(held[k if k >= 0 else count] for k in saved_positions(op, typing)) if training else 0
-    if op.rule.free:
-        return 0.0, float(kept)
-    dtype = op.call.results[0].dtype
-    seconds = op_s(local_flops(op, s, b.grid), sum(held), dtype, b.cluster)
-    split = [c.split for c in s.choices]
-    inside = internal_traffic(op, split, s.operands, s.results, b.grid, training)
-    sending = sum(b.moves.kind_s("all_reduce", size, axis) for axis, size in inside)
-    return float(seconds) * (PASSES if training else 1) + sending, float(kept)
-
-
-def saved_positions(op: Op, typing: Typing) -> list[int]:
-    """Return the operands (and -1, the result) that backward needs."""
-    count = len(typing.operands)
-    if op.rule.saves is not None:
-        return [k for k in op.rule.saves if k < count]
-    if count == 1:
-        return [0]
-    return [k for k in range(count) if k not in op.signature.added]
-
-
-def local_flops(op: Op, s: Strategy, grid: Grid) -> int:
-    """Return the forward flops of one rank: two per element of each contracted product."""
-    sizes = op.signature.sizes
-    local = {
-        f: -(-n // math.prod(grid.sizes[a] for a in s.split_axes(f))) for f, n in sizes.items()
-    }
-    return 2 * sum(math.prod(local.get(f, 1) for f in term) for term in products(op))
-
-
-def products(op: Op) -> list[list[str]]:
-    """Return the products of factors that an op multiplies out: from its rule, or its contraction."""
-    if op.rule.flops:
-        return [term.split() for term in op.rule.flops.split("+")]
-    sig = op.signature
-    counts = [
-        sum(any(f in p for dim in dims for p in dim) for dims in sig.operands)
-        for f in sig.factors()
-        if sig.summed(f)
-    ]
-    return [sig.factors()] if any(n > 1 for n in counts) and not op.rule.split else []
-
-
-STATE_COPIES = 2 + ADAMW_STATES
-"""A trained parameter, its gradient and the optimizer's states."""
-
-UPDATE_TRAFFIC = 2 * ADAMW_STATES + 3
-"""Passes over a parameter's bytes in one AdamW step: read p, g and the states, write p and states."""
-
-
-# Variables and their meeting ------------------------------------------------------------------------
-
-
-def _add(b: _Builder, variable: Variable, seconds: np.ndarray) -> int:
-    b.numbers[variable.kind, variable.name] = len(b.variables)
-    b.variables.append(variable)
-    b.unary.append(seconds)
-    return len(b.unary) - 1
-
-
-def _note_types(
-    b: _Builder, value: str, layouts: list[Layout], readers: Sequence[tuple[int, int]]
-) -> None:
+def _note_types(b: _Builder, value: str, made: Sequence[Column]) -> None:
     """Note the types that moves of a value may use: all that it may meet, whatever is pinned."""
-    for n, position in readers:
-        if n != OUTPUT:
-            layouts += b.wide[n].operands[position]
-    v = b.network.values[value]
-    b.types[value] = axis_types(list(dict.fromkeys(layouts)), v.grad, len(b.grid.sizes))
+    wanted = [b.wide[n].operands[position] for n, position in b.readers[value] if n != OUTPUT]
+    grad = b.network.values[value].grad
+    columns = tuple(dict.fromkeys([*made, *wanted]))
+    if (grad, *columns) not in b.met:
+        layouts = list(dict.fromkeys(itertools.chain(*columns)))
+        b.met[grad, *columns] = axis_types(layouts, grad, len(b.moves.grid.sizes))
+    b.types[value] = b.met[grad, *columns]
 
 
-def _add_source(
-    b: _Builder, value: str, readers: Sequence[tuple[int, int]], tables: Sequence[Table]
-) -> None:
+def _add_source(b: _Builder, value: str) -> None:
     """Add a parameter's resting layout, and the copy that its readers share."""
-    fixed = b.fixed_rest.get(value)
-    _note_types(b, value, [fixed] if fixed else [], readers)
-    v = b.network.values[value]
-    layouts = (fixed,) if fixed else _resting_layouts(b, value, v)
-    key = ("rest", v.shape, v.dtype, v.grad, layouts)
-    if key not in b.op_tables:
-        held = np.array([b.moves.local_bytes(v.shape, v.dtype, c) for c in layouts], dtype=float)
-        traffic = UPDATE_TRAFFIC * held if v.grad else 0 * held
-        seconds = np.array([float(op_s(0, int(t), v.dtype, b.cluster)) for t in traffic])
-        states = STATE_COPIES if v.grad else 1
-        b.op_tables[key] = Table((), (), (layouts,), seconds, states * held)
-    table = b.op_tables[key]
-    number = _add(b, Variable("rest", value, table), table.seconds)
-    if len(readers) > 1:
-        _add_copy(b, value, readers, tables, number, layouts)
+    v, fixed = b.network.values[value], b.limits.fixed.get(value)
+    _note_types(b, value, [b.moves.column([fixed])] if fixed else [])
+    layouts = b.moves.column([fixed]) if fixed else _resting_layouts(b, v)
+    is_saved = bool(b.savers[value])
+    key = ("rest", v.shape, v.dtype, v.grad, layouts, is_saved)
+    table = b.table(key, lambda: price_rest(v, layouts, is_saved, b.moves))
+    b.places[value] = (b.add("rest", value, table), layouts)
+    _add_copy(b, value)
 
 
-def _resting_layouts(b: _Builder, value: str, v: Value) -> tuple[Layout, ...]:
-    resting = [
-        c
-        for c in itertools.product(*b.types[value])
-        if is_owned(c) and can_rest(c) and is_valid(v.shape, c, b.grid)
-    ]
-    return tuple(resting[k] for k in b.filter_rest(value, resting))
+def _resting_layouts(b: _Builder, v: Value) -> Column:
+    key = (v.shape, b.types[v.name])
+    if key not in b.resting:
+        b.resting[key] = b.moves.column(
+            c
+            for c in itertools.product(*b.types[v.name])
+            if is_owned(c) and can_rest(c) and is_valid(v.shape, c, b.moves.grid)
+        )
+    every = b.resting[key]
+    kept = b.limits.rest(v.name, every.layouts)
+    return every if len(kept) == len(every) else b.moves.column(every[k] for k in kept)
 
 
 def can_rest(layout: Layout) -> bool:
@@ -349,89 +294,48 @@ def can_rest(layout: Layout) -> bool:
     return len(blocks) < 2 and all(len(set(parts)) == 1 for parts in blocks)
 
 
-def _add_copy(
-    b: _Builder,
-    value: str,
-    readers: Sequence[tuple[int, int]],
-    tables: Sequence[Table],
-    producer: int,
-    made: tuple[Layout, ...],
-) -> None:
-    """Add the layout that the readers of `value` share, joined to what makes it."""
-    wanted = [c for n, p in readers if n != OUTPUT for c in tables[n].operands[p]]
-    layouts = tuple(dict.fromkeys([*made, *wanted]))
-    v = b.network.values[value]
-    key = ("copy", v.shape, v.dtype, v.grad, layouts)
-    if key not in b.op_tables:
-        zero = np.zeros(len(layouts))
-        b.op_tables[key] = Table((), (), (layouts,), zero, zero)
-    number = _add(b, Variable("copy", value, b.op_tables[key]), b.op_tables[key].seconds)
-    b.pairs.append((producer, number, _pair(b, v, made, layouts)))
+def _add_copy(b: _Builder, value: str) -> None:
+    """Add the layout that several readers of a value share, joined to what makes it."""
+    if len(b.readers[value]) < 2:
+        return
+    v, (producer, made) = b.network.values[value], b.places[value]
+    wanted = [b.tables[n].operands[p] for n, p in b.readers[value] if n != OUTPUT]
+    columns = tuple(dict.fromkeys([made, *wanted]))
+    is_saved = _is_charged_to_copy(b, value)
+    key = ("copy", v.shape, v.dtype, is_saved, columns)
+
+    def price() -> Table:
+        shared = b.moves.column(dict.fromkeys(itertools.chain(*columns)))
+        return price_copy(v, shared, is_saved, b.moves)
+
+    table = b.table(key, price)
+    layouts = table.results[0]
+    b.places[value] = (b.add("copy", value, table), layouts)
+    b.pairs.append((producer, b.places[value][0], _pair(b, v, made, layouts)))
 
 
-def _pair(
-    b: _Builder, value: Value, before: tuple[Layout, ...], after: tuple[Layout, ...]
-) -> np.ndarray:
+def _pair(b: _Builder, v: Value, before: Column, after: Column) -> np.ndarray:
     """Return the seconds of the cheapest moves from each layout to each."""
-    key = (value.shape, value.dtype, value.grad, b.types[value.name], before, after)
-    if key not in b.arrays:
-        table = b.moves.table(value.shape, value.dtype, value.grad, b.types[value.name])
-        rows = [table.number[c] for c in before]
-        columns = [table.number[c] for c in after]
-        b.arrays[key] = table.seconds[np.ix_(rows, columns)]
-    return b.arrays[key]
+    table = b.moves.table(v.shape, v.dtype, v.grad, b.types[v.name])
+    return b.moves.between(table, before, after)
 
 
-def _join(
-    b: _Builder,
-    value: str,
-    position: int,
-    numbers: Mapping[int, int],
-    n: int,
-    made: Mapping[str, tuple[int, int]],
-    tables: Sequence[Table],
-    readers: Sequence[tuple[int, int]],
-) -> None:
+def _join(b: _Builder, value: str, number: int, wanted: Column) -> None:
     """Charge an op for bringing one operand to the layout that it wants."""
-    v, wanted = b.network.values[value], tables[n].operands[position]
-    origin = _origin(b, value, made, numbers, tables)
-    if origin is None:
-        if value not in b.types:
-            _note_types(b, value, [], readers)
-        whole = ((I,) * len(b.grid.sizes),)
-        b.unary[numbers[n]] = b.unary[numbers[n]] + _pair(b, v, whole, wanted)[0]
-        return
-    b.pairs.append((origin[0], numbers[n], _pair(b, v, origin[1], wanted)))
-
-
-def _origin(
-    b: _Builder,
-    value: str,
-    made: Mapping[str, tuple[int, int]],
-    numbers: Mapping[int, int],
-    tables: Sequence[Table],
-) -> tuple[int, tuple[Layout, ...]] | None:
-    """Return the variable that decides in which layout readers find a value, and its layouts."""
-    if ("copy", value) not in b.numbers and value in made:
-        n, k = made[value]
-        return numbers[n], tables[n].results[k]
-    number = b.numbers.get(("copy", value), b.numbers.get(("rest", value)))
-    return None if number is None else (number, b.variables[number].table.results[0])
-
-
-def _join_output(
-    b: _Builder,
-    value: str,
-    made: Mapping[str, tuple[int, int]],
-    numbers: Mapping[int, int],
-    tables: Sequence[Table],
-) -> None:
-    """Charge the cheapest way to a layout in which the program may return a value."""
-    origin = _origin(b, value, made, numbers, tables)
-    if origin is None:
-        return
     v = b.network.values[value]
+    if value in b.places:
+        origin, found = b.places[value]
+        b.pairs.append((origin, number, _pair(b, v, found, wanted)))
+        return
+    if value not in b.types:
+        _note_types(b, value, [])
+    whole = b.moves.column([(I,) * len(b.moves.grid.sizes)])
+    b.unary[number] = b.unary[number] + _pair(b, v, whole, wanted)[0]
+
+
+def _join_output(b: _Builder, value: str) -> None:
+    """Charge the cheapest way to a layout in which the program may return a value."""
+    v, (number, found) = b.network.values[value], b.places[value]
     table = b.moves.table(v.shape, v.dtype, v.grad, b.types[value])
-    allowed = tuple(c for c in table.layouts if b.output_layouts(c))
-    best = _pair(b, v, origin[1], allowed).min(axis=1)
-    b.unary[origin[0]] = b.unary[origin[0]] + best
+    allowed = b.moves.column(c for c in table.layouts if b.limits.may_return(c))
+    b.unary[number] = b.unary[number] + _pair(b, v, found, allowed).min(axis=1)

@@ -19,17 +19,11 @@ def random_plan(subject, grid, seed):
     """Return a legal plan of a prepared model, the same for the same seed."""
     cluster = bandwidth_bound()
     program, network, factors = subject.program, subject.network, subject.factors
-    model = build_model(
-        network, factors, grid, cluster, program.params, keep_all, keep_all, {}
-    )
+    model = build_model(network, factors, grid, cluster, program.params)
     choice = random_choice(model.problem, random.Random(seed))
     cost = model.problem.seconds(choice)
     solution = Solution(choice, cost, 0.0, 0.0, 0, "random", 0.0)
-    return read_plan(program, network, factors, model, solution, grid, cluster, 0.0)
-
-
-def keep_all(_what, choices):
-    return range(len(choices))
+    return read_plan(program, network, factors, model, solution, grid, cluster)
 
 
 def random_choice(problem, rng):

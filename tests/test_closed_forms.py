@@ -1,7 +1,7 @@
 """A layer under each scheme sends what its formula says, as an identity of symbols.
 
-g is 2, not 3: autograd keeps what forward gathered. The formulas count T h and h^2; the layer has no
-biases and no norm weights, and the row statistics of a split norm (T terms) are not moves.
+g is 2, not 3: autograd keeps what forward gathered. The formulas count T h and h^2: layers have no
+bias and no norm weights, and the row statistics of a split norm (T terms) are not among the moves.
 """
 
 import functools
@@ -9,6 +9,7 @@ import functools
 import pytest
 import sympy
 import torch
+
 from autotp import schemes
 from autotp.cost_model import closed_forms as cf
 from autotp.cost_model.closed_forms import a, b, c, h, p, q, r, s, sent_volume
@@ -18,47 +19,19 @@ from autotp.passes.capture import capture
 from autotp.passes.factors import infer_factors
 from autotp.passes.network import read_network
 from autotp.passes.planning import search_plan
-from torch import nn
-from torch.nn import functional as F
+from tests.blocks import HEADS, VOCABULARY, Blocks
 
-B, S, N, D, V = 8, 12, 4, 5, 7
-H = N * D
+B, S, D = 8, 12, 5
+H = HEADS * D
 heads = sympy.Symbol("heads", positive=True)
-SYMBOLS = {1: 1, B: b, S: s, N: heads, D: h / heads, H: h, 3 * H: 3 * h, 4 * H: 4 * h, B * S: b * s, V: V}
-
-
-class Layer(nn.Module):
-    def __init__(self, hidden):
-        super().__init__()
-        self.ln_1 = nn.LayerNorm(hidden, elementwise_affine=False)
-        self.ln_2 = nn.LayerNorm(hidden, elementwise_affine=False)
-        self.qkv = nn.Linear(hidden, 3 * hidden, bias=False)
-        self.proj = nn.Linear(hidden, hidden, bias=False)
-        self.fc1 = nn.Linear(hidden, 4 * hidden, bias=False)
-        self.fc2 = nn.Linear(4 * hidden, hidden, bias=False)
-
-    def forward(self, x):
-        qkv = self.qkv(self.ln_1(x)).chunk(3, -1)
-        query, key, value = (t.unflatten(-1, (N, -1)).transpose(1, 2) for t in qkv)
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        x = x + self.proj(mixed.transpose(1, 2).flatten(2))
-        return x + self.fc2(F.gelu(self.fc1(self.ln_2(x))))
-
-
-class Model(nn.Module):
-    def __init__(self, layers, hidden=H):
-        super().__init__()
-        self.embed = nn.Embedding(V, hidden)
-        self.layers = nn.Sequential(*(Layer(hidden) for _ in range(layers)))
-
-    def forward(self, tokens):
-        return self.layers(self.embed(tokens)).square().mean()
+SYMBOLS = {B: b, S: s, B * S: b * s, HEADS: heads, D: h / heads, VOCABULARY: sympy.Symbol("v")}
+SYMBOLS |= {k * H: k * h for k in (1, 3, 4)}
 
 
 @functools.cache
 def described(layers):
     tokens = torch.zeros(B, S, dtype=torch.long)
-    program = capture(Model(layers), (tokens,), {}, train=True)
+    program = capture(Blocks(layers, H), (tokens,), {}, train=True)
     network = read_network(program)
     return program, network, infer_factors(network, program.inputs)
 

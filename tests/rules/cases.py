@@ -146,6 +146,8 @@ FAMILIES = {
         (aten.add.Tensor, x(2, 3, 4), x(2, 1, 4), {"alpha": 3}),
         (aten.add.Tensor, x(4, 6), 2.0),
         (aten.add.Tensor, x(4, 6), x()),
+        (aten.broadcast_tensors.default, [x(4, 6), x(4, 6)]),
+        (aten.broadcast_tensors.default, [x(4, 1), x(6)]),
         (aten.div.Scalar, x(4, 6), 3.0),
         (aten.div.Tensor, x(4, 6), positive(4, 1)),
         (aten.div.Tensor, x(4, 6), 3.0),

@@ -1,0 +1,173 @@
+"""The check finds what is wrong and where it begins, and leaves the original as it was."""
+
+import operator
+
+import pytest
+import torch
+from torch import nn
+
+import autotp
+from autotp import collectives, simulate
+from autotp.cost_model.cluster import bandwidth_bound
+from autotp.errors import AutotpError, PlanError
+from autotp.passes.rules import table
+from tests.models import bert, gpt2, mlp, nanogpt
+
+CHIPS = bandwidth_bound(1e9, flops_per_s=1e9)
+ATEN = torch.ops.aten
+
+
+def checked(built, grid=(2, 2), **options):
+    model, inputs = built
+    return autotp.check(model, grid, inputs, cluster=CHIPS, **options)
+
+
+def test_report_of_a_sound_program():
+    report = checked(nanogpt())
+    kinds = [d.kind for d in report.differences]
+    assert report.ok and report.first is None and report.notes == ()
+    assert kinds.count("loss") == 1 and kinds.count("output") == 1
+    assert kinds.count("gradient") == kinds.count("parameter") == 24
+    lines = str(report).splitlines()
+    assert lines[0] == "check  NanoGPT on 2x2, train: ok, 50 tensors equal up to rounding"
+    assert lines[-1].startswith("tolerance  9.3e-06 of a tensor's largest value = 8 eps sqrt(n)")
+
+
+def test_the_original_is_left_as_it_was():
+    model, inputs = nanogpt(dropout=0.1)
+    model.wte.weight.grad = torch.ones_like(model.wte.weight)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    state = torch.get_rng_state()
+    assert checked((model, inputs)).ok
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert bool((model.wte.weight.grad == 1).all()) and model.training
+    assert [n for n, p in model.named_parameters() if p.grad is not None] == ["wte.weight"]
+
+
+@pytest.mark.parametrize(
+    "build", (lambda: nanogpt(0.2), lambda: gpt2(dropout=0.1), lambda: bert(dropout=0.1))
+)
+def test_dropout_is_turned_off_and_said(build):
+    model, inputs = build()
+    report = checked((model.train(), inputs))
+    assert report.ok and "dropout is active" in report.notes[0]
+    captured = [d for d in report.differences if d.kind.startswith("captured")]
+    assert captured and max(d.error for d in captured) == 0
+
+
+class Normalised(nn.Module):
+    """Writes buffers, and returns a dict with a number, a mask and no loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.norm = nn.Linear(6, 12), nn.BatchNorm1d(12)
+
+    def forward(self, x):
+        y = self.norm(self.fc(x))
+        return {"y": y, "mask": y > 0, "name": "n", "sum": x.sum()}
+
+
+def test_buffers_inputs_and_every_output_are_compared():
+    x = torch.randn(8, 6, requires_grad=True)
+    report = checked((Normalised(), (x,)))
+    found = {(d.kind, d.name) for d in report.differences}
+    assert report.ok
+    assert {("buffer", f"norm.running_{k}") for k in ("mean", "var")} <= found
+    assert ("gradient", "x") in found and x.grad is None
+    assert sum(kind == "output" for kind, _ in found) == 3
+
+
+def test_a_plan_is_checked_and_must_belong_to_the_model():
+    model, inputs = mlp()
+    plan = autotp.plan(model, (2, 2), inputs, cluster=CHIPS)
+    assert checked((model, inputs), plan=plan).ok
+    with pytest.raises(PlanError):
+        checked((model, inputs), (1, 4), plan=plan)
+
+
+def test_pins_are_followed():
+    pins = {"up.*": {"col": "o"}, "down.*": {"col": "i"}}
+    assert checked(mlp(), (1, 4), pins=pins).ok
+
+
+def test_a_model_without_weights_is_refused():
+    with torch.device("meta"):
+        model, inputs = mlp()
+    with pytest.raises(AutotpError, match="needs weights"):
+        checked((model, inputs))
+
+
+# Planted faults -----------------------------------------------------------------------------------
+
+
+def plant(monkeypatch, is_place, change):
+    """Change the first emitted node that is the place, on every rank; return its name in a list."""
+    emit, names = simulate.emit, []
+
+    def emit_wrong(*args):
+        module = emit(*args)
+        node = next(n for n in module.graph.nodes if is_place(n))
+        change(node)
+        module.recompile()
+        names.append(node.name)
+        return module
+
+    monkeypatch.setattr(simulate, "emit", emit_wrong)
+    return names
+
+
+def moves(function):
+    return lambda node: node.target is function and "move" in node.meta
+
+
+def call_instead(function):
+    return lambda node: setattr(node, "target", function)
+
+
+def identity(x, _axis, **_options):
+    return x * 1.0
+
+
+def test_a_swapped_collective_is_named(monkeypatch):
+    names = plant(monkeypatch, moves(collectives.all_reduce), call_instead(identity))
+    report = checked(mlp(), (1, 4), pins={"down.*": {"col": "i"}})
+    assert not report.ok and report.first.node == names[0]
+    assert (report.first.what, report.first.op) == ("value", "identity")
+    assert "is not what identity does" in report.problems[0]  # the type check sees it as well
+    assert "FAILED" in str(report) and "<-- differs" in str(report)
+
+
+def test_a_collective_without_its_backward_is_named(monkeypatch):
+    place = moves(collectives.invariant_to_replicate)
+    names = plant(monkeypatch, place, call_instead(identity))
+    report = checked(mlp(), (1, 4), pins={"up.*": {"col": "o"}, "*.weight": {"col": "S(0)"}})
+    assert not report.ok and report.first.what == "gradient"
+    assert names[0] in report.first.readers
+
+
+def test_a_changed_argument_is_named(monkeypatch):
+    names = plant(
+        monkeypatch,
+        lambda node: node.target is ATEN.layer_norm.default,
+        lambda node: node.update_arg(4, 0.5),
+    )
+    report = checked(nanogpt())
+    assert not report.ok and report.first.node == names[0]
+    assert report.first.name.startswith("h.0.ln_1") and "ln_1" in str(report.first)
+
+
+def test_a_damaged_rule_is_named(monkeypatch):
+    wrong = table.Rule(ATEN.layer_norm.default, "... d, d, d -> ... d")  # d must be whole
+    monkeypatch.setitem(table._TABLE, ATEN.layer_norm.default, wrong)
+    report = checked(nanogpt(), (1, 4), pins={"ln_f": {"col": "d"}})
+    assert not report.ok and not [p for p in report.problems if "typed" in p]
+    assert report.first.name == "ln_f" and report.first.op == "layer_norm.default"
+
+
+def test_a_rank_that_raises_is_a_finding(monkeypatch):
+    place = lambda node: node.target is ATEN.gelu.default  # noqa: E731
+    names = plant(monkeypatch, place, call_instead(operator.truediv))
+    report = checked(nanogpt())
+    assert not report.ok and "TypeError" in report.problems[0]
+    assert report.first.node == names[0]
