@@ -1,7 +1,9 @@
 """autotp: one line makes an unmodified PyTorch model a distributed program."""
 
+from autotp import schemes
 from autotp.api import check, parallelize, plan
 from autotp.comparison import Report
+from autotp.cost_model.cluster import Cluster
 from autotp.errors import AutotpError
 from autotp.grid import Grid
 from autotp.module import full_state_dict
@@ -9,6 +11,7 @@ from autotp.plan import Plan
 
 __all__ = [
     "AutotpError",
+    "Cluster",
     "Grid",
     "Plan",
     "Report",
@@ -16,4 +19,5 @@ __all__ = [
     "full_state_dict",
     "parallelize",
     "plan",
+    "schemes",
 ]

@@ -67,14 +67,13 @@ def compile_rank(
     with stage("infer factors"):
         factors = infer_factors(network, program.inputs)
     if plan is None:
-        with stage("strategies, search, schedule"):
-            plan = _agreed(
-                lambda: (
-                    search_plan(
-                        program, network, factors, grid, cluster, pins, rest, sharded_outputs
-                    ).plan
-                )
+        plan = _agreed(
+            lambda: (
+                search_plan(
+                    program, network, factors, grid, cluster, pins, rest, sharded_outputs
+                ).plan
             )
+        )
     refuse_other(plan, mine, grid, train)
     if not sharded_outputs:
         _refuse_sharded(plan)
@@ -164,10 +163,7 @@ def plan(
         network = read_network(program)
     with stage("infer factors"):
         factors = infer_factors(network, program.inputs)
-    with stage("strategies, search, schedule"):
-        return search_plan(
-            program, network, factors, as_grid(grid), chosen, pins, None, sharded
-        ).plan
+    return search_plan(program, network, factors, as_grid(grid), chosen, pins, None, sharded).plan
 
 
 def check(

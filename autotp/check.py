@@ -43,6 +43,7 @@ from autotp.reference import (
     active_dropout,
     captured_step,
     leaf_params,
+    nudge,
     original_step,
     other_draws,
     turn_off,
@@ -55,7 +56,6 @@ from autotp.simulate import (
     placeholder_values,
     run_grid,
 )
-
 
 Key = tuple[str, str]
 """Kind and name of a tensor."""
@@ -107,9 +107,8 @@ def prepare(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
             captured = tuple(between_steps(program, reference, drawn))
             turn_off(program)
             reference = captured_step(program, state, inputs, backward)
-        moved = captured_step(
-            program, rounded(state, rounding.eps), rounded_inputs(inputs, rounding.eps), backward
-        )
+        nudged, nudged_inputs = nudge(state, inputs, rounding.eps)
+        moved = captured_step(program, nudged, nudged_inputs, backward)
         jitter = {(d.kind, d.name): d.error for d in between_steps(program, reference, moved)}
     return Subject(
         model=type(model).__name__,
@@ -122,7 +121,9 @@ def prepare(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         backward=backward,
         tolerance=rounding,
         jitter=jitter,
-        captured=captured,
+        captured=tuple(
+            replace(d, kind=f"captured {d.kind}", jitter=jitter[d.kind, d.name]) for d in captured
+        ),
         notes=tuple(_notes(program, network, dropout)),
     )
 
@@ -154,7 +155,10 @@ def compare(subject: Subject, plan: Plan) -> Report:
             problems.append("; ".join([f"{type(error).__name__}: {error}", *_added(error)]))
         else:
             problems += type_problems(subject, plan, run)
-            found += between(subject, plan, run)
+            found += [
+                replace(d, jitter=subject.jitter[d.kind, d.name])
+                for d in between(subject, plan, run)
+            ]
         report = Report(
             model=subject.model,
             grid=str(plan.grid),
@@ -168,7 +172,7 @@ def compare(subject: Subject, plan: Plan) -> Report:
 
 
 def take_step(subject: Subject, plan: Plan, execute: Execute | None = None) -> GridRun:
-    """Run forward, backward and one SGD step on every rank."""
+    """Run forward, backward and one SGD step on every rank; with `execute`, no SGD step."""
     return run_grid(
         subject.program,
         subject.network,
@@ -176,7 +180,7 @@ def take_step(subject: Subject, plan: Plan, execute: Execute | None = None) -> G
         subject.state,
         subject.inputs,
         backward=subject.backward,
-        lr=LEARNING_RATE,
+        lr=0.0 if execute else LEARNING_RATE,
         execute=execute,
     )
 
@@ -230,8 +234,7 @@ def between_steps(program: Program, original: Step, other: Step) -> Iterator[Dif
     alone = as_grid((1,))
     pairs = zip(_everything(program, original), _everything(program, other), strict=True)
     for (kind, name, value), (_, _, here) in pairs:
-        found = difference(kind, name, [here], (I,), value, alone)
-        yield replace(found, kind=f"captured {kind}")
+        yield difference(kind, name, [here], (I,), value, alone)
 
 
 def _everything(program: Program, step: Step) -> Iterator[tuple[str, str, Tensor]]:

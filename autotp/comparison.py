@@ -43,8 +43,8 @@ class Difference:
         That is its largest value, or, for one that is all rounding (the gradient of an attention
         key's bias is zero in exact arithmetic), the value of which its jitter is a rounding.
         """
-        scale = max(self.largest, SAFETY * self.jitter / tolerance.value)
-        return self.error / (scale or 1.0)
+        jitter = self.jitter if math.isfinite(self.jitter) else 0.0  # an integer has moved
+        return self.error / (max(self.largest, SAFETY * jitter / tolerance.value) or 1.0)
 
 
 def distance(a: Tensor, b: Tensor) -> float:

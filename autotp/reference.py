@@ -2,6 +2,7 @@
 
     original_step   the model itself, on a copy: forward, backward, SGD
     captured_step   the captured graph, run whole
+    nudge           the same data rounded anew: how far results move says what rounding may do
 
 Where dropout is active the original draws masks that no split program repeats: then the captured
 graph is held beside the original under one seed, dropout is turned off in the graph (`turn_off`),
@@ -112,6 +113,19 @@ def _step(
         gradients=grads,
         params={name: p.detach() for name, p in params.items()},
     )
+
+
+def nudge(
+    state: Mapping[str, Tensor], inputs: Sequence[Tensor], eps: float
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Return parameters, buffers and inputs with every float rounded up or down at random."""
+    generator = torch.Generator().manual_seed(SEED)
+    moved: dict[int, Tensor] = {}
+    for t in (*state.values(), *inputs):
+        up = torch.rand(t.shape, generator=generator).to(t.device) < 0.5
+        factor = torch.where(up, 1 + eps, 1 - eps).to(t.dtype) if t.is_floating_point() else 1
+        moved[id(t)] = (t.detach() * factor).requires_grad_(t.requires_grad)
+    return {name: moved[id(t)] for name, t in state.items()}, [moved[id(t)] for t in inputs]
 
 
 def cotangents(outputs: Sequence[Tensor]) -> Cotangents:

@@ -13,8 +13,9 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import functools
+import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from autotp.errors import PinError
@@ -27,15 +28,28 @@ from autotp.passes.program import Program
 Pins = Mapping[str, Mapping[str, str]]
 
 
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """One choice on one axis, for what matches a pattern."""
+
+    pattern: str
+    axis: str
+    wanted: str
+
+    def __str__(self) -> str:
+        return f"{self.wanted!r} on axis {self.axis!r}"
+
+
 @dataclass(slots=True)
 class PinFilter:
-    """Keep the choices that `pins` allow; note those that nothing fits."""
+    """Keep the choices that `pins` allow; note the pins that nothing fits, alone or together."""
 
     pins: Pins
     grid: Grid
     names: Mapping[str, str]
     params: Mapping[str, str]
     misfits: list[tuple[str, str]] = field(default_factory=list)
+    contradictions: list[tuple[str, tuple[Pin, ...]]] = field(default_factory=list)
     wild: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -43,36 +57,68 @@ class PinFilter:
 
     def op(self, op: Op, strategies: Sequence[Strategy]) -> Sequence[int]:
         """Return the numbers of the strategies that every pin on this op allows."""
-        kept = list(range(len(strategies)))
-        for axis, wanted in self._wanted(self.names[op.name]):
-            fitting = [k for k in kept if fits(strategies[k].choices[axis], wanted)]
-            if not fitting:
-                legal = dict.fromkeys(strategies[k].choices[axis].name for k in kept)
-                self._note(self.names[op.name], axis, wanted, list(legal))
-            kept = fitting or kept
-        return kept
+        name = self.names[op.name]
+        if not (pins := self._on(name)):
+            return range(len(strategies))
+        allowed = [self._strategies(pin, strategies) for pin in pins]
+        legal = [self._legal(pin, [s.choices for s in strategies]) for pin in pins]
+        return self._common(name, pins, allowed, legal) or range(len(strategies))
 
     def rest(self, value: str, layouts: Sequence[Layout]) -> Sequence[int]:
         """Return the numbers of the layouts that every pin on this parameter allows."""
-        kept = list(range(len(layouts)))
-        for axis, wanted in self._wanted(self.params[value]):
-            fitting = [k for k in kept if type_fits(layouts[k][axis], wanted)]
-            if not fitting:
-                legal = dict.fromkeys(str(layouts[k][axis]) for k in kept)
-                self._note(self.params[value], axis, wanted, list(legal))
-            kept = fitting or kept
-        return kept
+        name = self.params[value]
+        if not (pins := self._on(name)):
+            return range(len(layouts))
+        allowed = [self._layouts(pin, layouts) for pin in pins]
+        legal = [self._legal(pin, layouts) for pin in pins]
+        return self._common(name, pins, allowed, legal) or range(len(layouts))
 
-    def _wanted(self, name: str) -> Iterator[tuple[int, str]]:
+    def _on(self, name: str) -> list[Pin]:
         exact = [name] if name in self.pins else []
-        for pattern in [*exact, *(p for p in self.wild if matches(p, name))]:
-            for axis, wanted in self.pins[pattern].items():
-                if self.grid.sizes[self.grid.axis(axis)] > 1:
-                    yield self.grid.axis(axis), wanted
+        return [
+            Pin(pattern, axis, wanted)
+            for pattern in [*exact, *(p for p in self.wild if matches(p, name))]
+            for axis, wanted in self.pins[pattern].items()
+            if self.grid.sizes[self.grid.axis(axis)] > 1
+        ]
 
-    def _note(self, name: str, axis: int, wanted: str, legal: list[str]) -> None:
-        on = f"{self.grid.names[axis]!r} of {self.grid.sizes[axis]}"
-        self.misfits.append((name, f"{wanted!r} on axis {on}: legal are {', '.join(legal)}"))
+    def _strategies(self, pin: Pin, strategies: Sequence[Strategy]) -> set[int]:
+        axis = self.grid.axis(pin.axis)
+        return {k for k, s in enumerate(strategies) if fits(s.choices[axis], pin.wanted)}
+
+    def _layouts(self, pin: Pin, layouts: Sequence[Layout]) -> set[int]:
+        axis = self.grid.axis(pin.axis)
+        return {k for k, c in enumerate(layouts) if type_fits(c[axis], pin.wanted)}
+
+    def _legal(self, pin: Pin, choices: Sequence[Sequence[object]]) -> str:
+        axis = self.grid.axis(pin.axis)
+        found = (c[axis] for c in choices)
+        return ", ".join(
+            dict.fromkeys(c.name if isinstance(c, AxisChoice) else str(c) for c in found)
+        )
+
+    def _common(
+        self, name: str, pins: Sequence[Pin], allowed: Sequence[set[int]], legal: Sequence[str]
+    ) -> list[int]:
+        """Return what all pins allow; if that is nothing, note the fewest pins to blame."""
+        common = set.intersection(*allowed)
+        if not common:
+            alone = [k for k in range(len(pins)) if not allowed[k]]
+            self.misfits += [(name, self._misfit(pins[k], legal[k])) for k in alone]
+            if not alone:
+                self.contradictions.append((name, _fewest(pins, allowed)))
+        return sorted(common)
+
+    def _misfit(self, pin: Pin, legal: str) -> str:
+        size = self.grid.sizes[self.grid.axis(pin.axis)]
+        return f"{pin} of {size}: legal are {legal}"
+
+
+def _fewest(pins: Sequence[Pin], allowed: Sequence[set[int]]) -> tuple[Pin, ...]:
+    """Return the fewest pins that allow nothing together."""
+    sets = (c for n in range(1, len(pins) + 1) for c in itertools.combinations(range(len(pins)), n))
+    found = next(c for c in sets if not set.intersection(*(allowed[k] for k in c)))
+    return tuple(pins[k] for k in found)
 
 
 @functools.cache
@@ -125,12 +171,58 @@ def check_pins(pins: Pins, grid: Grid, program: Program, network: Network) -> No
 
 
 def refuse_misfits(pins: PinFilter) -> None:
-    """Raise PinError if a pin asks an op or a parameter for what it cannot do."""
+    """Raise PinError if pins ask an op or a parameter for what it cannot do, alone or together."""
     if pins.misfits:
         problems = list(dict.fromkeys(pins.misfits))
         raise PinError(
             "pins that no strategy fits", at=problems[:12], remedy="pin one of the legal choices"
         )
+    if pins.contradictions:
+        name, fewest = min(pins.contradictions, key=lambda c: len(c[1]))
+        raise contradiction(fewest, f"no choice of {name} has all of these")
 
 
-__all__ = ["PinFilter", "Pins", "check_pins", "fits", "kind", "matches", "refuse_misfits"]
+def contradiction(pins: Sequence[Pin], why: str) -> PinError:
+    """Return the error that names pins of which at least one must go."""
+    return PinError(
+        f"pins that contradict each other: {why}",
+        at=[(pin.pattern, str(pin)) for pin in pins],
+        remedy="remove or change one of them",
+    )
+
+
+def irreducible(pins: Pins, is_possible: Callable[[Pins], bool]) -> list[Pin]:
+    """Return impossible pins of which none can be left out: each is tried without in turn.
+
+    Source: Chinneck and Dravnieks 1991, "Locating minimal infeasible constraint sets".
+    """
+    kept = [
+        Pin(pattern, axis, wanted) for pattern, on in pins.items() for axis, wanted in on.items()
+    ]
+    for pin in list(kept):
+        fewer = [p for p in kept if p != pin]
+        if not is_possible(as_pins(fewer)):
+            kept = fewer
+    return kept
+
+
+def as_pins(pins: Sequence[Pin]) -> dict[str, dict[str, str]]:
+    """Return pins as the user writes them."""
+    out: dict[str, dict[str, str]] = {}
+    for pin in pins:
+        out.setdefault(pin.pattern, {})[pin.axis] = pin.wanted
+    return out
+
+
+__all__ = [
+    "Pin",
+    "PinFilter",
+    "Pins",
+    "check_pins",
+    "contradiction",
+    "fits",
+    "irreducible",
+    "kind",
+    "matches",
+    "refuse_misfits",
+]

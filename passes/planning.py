@@ -19,14 +19,20 @@ from torch.utils._pytree import tree_leaves
 from autotp.cost_model.cluster import Cluster
 from autotp.cost_model.collectives import sent_bytes
 from autotp.cost_model.memory import ADAMW_STATES
-from autotp.errors import PinError
 from autotp.grid import Grid
-from autotp.layouts import I, Layout, splitters
+from autotp.layouts import I, Layout
 from autotp.passes.explain import RunnersUp
 from autotp.passes.factors import Factors
 from autotp.passes.moves import Moves, MoveTable
 from autotp.passes.network import Network, Op, Value
-from autotp.passes.pins import PinFilter, Pins, check_pins, refuse_misfits
+from autotp.passes.pins import (
+    PinFilter,
+    Pins,
+    check_pins,
+    contradiction,
+    irreducible,
+    refuse_misfits,
+)
 from autotp.passes.pricing import RESULT, Table, saved_positions, typing_of
 from autotp.passes.problem import Problem
 from autotp.passes.program import Program
@@ -35,6 +41,7 @@ from autotp.passes.search import Solution, solve
 from autotp.passes.strategies import Limits, Model, build_model
 from autotp.passes.traffic import internal_traffic
 from autotp.plan import Decision, Memory, Plan, Resting
+from autotp.progress import stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,22 +71,31 @@ def search_plan(
 
     Raises PinError, and BudgetError where no plan fits the memory of a rank.
     """
-    check_pins(pins or {}, grid, program, network)
-    kept = PinFilter(pins or {}, grid, program.names, program.params)
+    pins = pins or {}
+    check_pins(pins, grid, program, network)
     fixed = {node: rest[fqn] for node, fqn in program.params.items() if rest and fqn in rest}
-    limits = Limits(kept.op, kept.rest, fixed, sharded_outputs)
-    model = build_model(network, factors, grid, cluster, program.params, limits)
-    refuse_misfits(kept)
+
+    def model_with(pins: Pins) -> Model:
+        kept = PinFilter(pins, grid, program.names, program.params)
+        limits = Limits(kept.op, kept.rest, fixed, sharded_outputs)
+        model = build_model(network, factors, grid, cluster, program.params, limits)
+        refuse_misfits(kept)
+        return model
 
     def read(solution: Solution) -> Plan:
         return read_plan(program, network, factors, model, solution, grid, cluster)
 
-    solution = solve_within(model.problem, budget(cluster), read)
+    with stage("strategies"):
+        model = model_with(pins)
+    with stage("search"):
+        solution = solve_within(model.problem, budget(cluster), read)
     if not np.isfinite(solution.cost_s):
-        raise PinError("pins that contradict each other", remedy="remove one of them")
+        blamed = irreducible(pins, lambda fewer: _is_possible(model_with(fewer)))
+        raise contradiction(blamed, "no plan has all of these")
     ops = {program.names[op.name]: op.name for op in network.ops}
     runners_up = RunnersUp(model, solution, ops, budget(cluster), read)
-    plan = replace(read(solution), alternatives=runners_up)
+    with stage("schedule"):
+        plan = replace(read(solution), alternatives=runners_up)
     return Planned(plan, network, factors, model, solution)
 
 
@@ -102,6 +118,10 @@ def solve_within(
         solution = solve(problem, solution.memory_bytes - over)
         spent_s += solution.seconds
     return replace(solution, seconds=spent_s)
+
+
+def _is_possible(model: Model) -> bool:
+    return bool(np.isfinite(solve(model.problem).cost_s))
 
 
 def budget(cluster: Cluster) -> float | None:
@@ -287,13 +307,4 @@ def fx_leaves(node: fx.Node) -> list[Any]:
     return tree_leaves((list(node.args), dict(node.kwargs)))
 
 
-def divided_dims(layout: Layout, dims: Sequence[str], grid: Grid) -> list[str]:
-    """Write dims with the axes that split them, such as `(n/col d)`."""
-    out = []
-    for d, name in enumerate(dims):
-        axes = splitters(layout, d)
-        out.append(name + "".join(f"/{grid.names[a]}" for a in axes))
-    return out
-
-
-__all__ = ["Planned", "divided_dims", "fingerprint", "graph_digest", "read_plan", "search_plan"]
+__all__ = ["Planned", "fingerprint", "graph_digest", "read_plan", "search_plan"]
