@@ -1,4 +1,4 @@
-"""What a user calls: parallelize, plan and check. Who reads `compile_rank` has seen the compiler."""
+"""What a user calls: parallelize, plan, check. Who reads `compile_rank` has seen the compiler."""
 
 from __future__ import annotations
 

@@ -38,6 +38,7 @@ class Grid:
 
     @property
     def world_size(self) -> int:
+        """The number of ranks."""
         return math.prod(self.sizes)
 
     def coords(self, rank: int) -> Coords:
@@ -56,6 +57,7 @@ class Grid:
         return number
 
     def all_coords(self) -> list[Coords]:
+        """Return the coordinates of every rank, in rank order."""
         return [self.coords(r) for r in range(self.world_size)]
 
     def axis(self, name: str) -> int:

@@ -27,7 +27,7 @@ Range = tuple[int, int]
 
 @dataclass(frozen=True, slots=True, order=True)
 class Shard:
-    """This rank holds a chunk of each of `parts` of dim `dim`; no parts means one, the whole dim."""
+    """This rank holds a chunk of each of `parts` of `dim`; no parts means one, the whole dim."""
 
     dim: int
     parts: tuple[int, ...] = ()
@@ -186,7 +186,7 @@ def is_even(shape: Sequence[int], layout: Layout, grid: Grid) -> bool:
 
 
 def take_shard(whole: torch.Tensor, layout: Layout, grid: Grid, coords: Coords) -> torch.Tensor:
-    """Return what the rank at `coords` holds of `whole`; a partial is `whole` on rank 0 of its axis."""
+    """Return what the rank at `coords` holds of `whole`; a partial is all on rank 0 of its axis."""
     out = whole
     for dim, size in enumerate(whole.shape):
         if splitters(layout, dim):
@@ -260,6 +260,6 @@ def move_of(before: AxisType, after: AxisType) -> Move | None:
 
 
 def may_change(layout: Layout, axis: int, after: AxisType) -> bool:
-    """Say whether `axis` may change to `after` alone: it must be innermost on every dim it touches."""
+    """Say whether `axis` may change to `after`: it must be innermost on every dim it touches."""
     touched = {t.dim for t in (layout[axis], after) if isinstance(t, Shard)}
     return not any(isinstance(t, Shard) and t.dim in touched for t in layout[axis + 1 :])

@@ -173,7 +173,7 @@ def _kinds(model: nn.Module) -> list[tuple[torch.dtype, torch.device]]:
     return [(p.dtype, p.device) for p in model.parameters()]
 
 
-# One forward ---------------------------------------------------------------------------------------
+# One forward -------------------------------------------------------------------------------------
 
 
 def _whole(leaf: Any) -> Any:
@@ -239,7 +239,7 @@ def _as_dtensors(state: State, compiled: Compiled, outputs: Sequence[Tensor]) ->
     ]
 
 
-# Making one -----------------------------------------------------------------------------------------
+# Making one --------------------------------------------------------------------------------------
 
 
 def make_parallel(model: nn.Module, state: State) -> ParallelModule:

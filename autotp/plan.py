@@ -112,6 +112,7 @@ class Memory:
 
     @property
     def total(self) -> int:
+        """All of it."""
         return self.parameters + self.gradients + self.optimizer + self.activations
 
 
@@ -190,6 +191,7 @@ class Plan:
 
     @property
     def memory_bytes(self) -> int:
+        """Peak bytes of one rank."""
         return self.memory.total
 
     @property

@@ -19,7 +19,9 @@ from typing import TypeVar
 
 import torch
 import transformers
-from autotp.axis import RecordAxis
+from torch import nn
+
+from autotp.axis import Axis
 from autotp.cost_model.cluster import dgx_a100
 from autotp.grid import Grid, as_grid
 from autotp.passes.capture import capture
@@ -30,7 +32,6 @@ from autotp.passes.planning import read_plan
 from autotp.passes.program import Program
 from autotp.passes.search import solve
 from autotp.passes.strategies import build_model
-from torch import nn
 
 LAYERS = (2, 6, 12, 24, 48, 96)
 GRIDS = ((2, 2), (8, 8))
@@ -39,6 +40,15 @@ STAGES = ("capture", "factors", "strategies", "search", "schedule", "codegen")
 
 T = TypeVar("T")
 Times = dict[str, float]
+
+
+class Named(Axis):
+    """An axis of a program that is emitted and never run."""
+
+    def _refuse(self, *args: object) -> torch.Tensor:
+        raise NotImplementedError
+
+    _all_gather = _reduce_scatter = _all_reduce = _all_to_all = _refuse
 
 
 def timed(times: Times, stage: str, run: Callable[[], T]) -> T:
@@ -78,7 +88,7 @@ def compile_on(
         "schedule",
         lambda: read_plan(program, network, factors, model, solution, grid, cluster),
     )
-    axes = {name: RecordAxis(name, n) for name, n in zip(grid.names, grid.sizes, strict=True)}
+    axes = {name: Named(name, n, 0) for name, n in zip(grid.names, grid.sizes, strict=True)}
     first = (0,) * len(grid.sizes)
     timed(times, "codegen", lambda: emit(program, network, plan, first, axes))
     return {

@@ -26,9 +26,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.spawn import start_processes
+
 from autotp.cost_model.collectives import ROUNDS as STEP_ROUNDS
 from autotp.cost_model.collectives import sent_bytes
-from torch.multiprocessing.spawn import start_processes
 
 WORLD = 4
 SIZES = [4 * 4**k * 1024 for k in range(7)]  # 4 KiB .. 16 MiB

@@ -15,8 +15,9 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 import sympy
-from autotp.cost_model.collectives import FREE, ROUNDS
 from sympy import Expr, Integer, Symbol
+
+from autotp.cost_model.collectives import FREE, ROUNDS
 
 Collective = tuple[str, Expr, Expr]
 """A kind, the size of its whole buffer, its ranks."""

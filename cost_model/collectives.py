@@ -15,8 +15,9 @@ from fractions import Fraction
 from typing import Protocol, TypeVar
 
 import numpy as np
-from autotp.cost_model.cluster import Link
 from numpy.typing import NDArray
+
+from autotp.cost_model.cluster import Link
 
 Amount = TypeVar("Amount", float, NDArray[np.float64])
 """Bytes or seconds: one number, or an array of them."""

@@ -8,6 +8,7 @@ tensor_bytes    elements times the size of the dtype
 from __future__ import annotations
 
 import numpy as np
+
 from autotp.cost_model.cluster import Cluster, dtype_name
 from autotp.cost_model.collectives import Amount
 

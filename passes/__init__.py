@@ -1,1 +1,1 @@
-"""The compiler, in the order data flows: capture, factors, strategies, search, schedule, codegen."""
+"""The compiler, in data's order: capture, factors, strategies, search, schedule, codegen."""

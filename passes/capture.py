@@ -15,6 +15,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor, fx, nn
+from torch._ops import HigherOrderOperator, OpOverload
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.export.graph_signature import OutputSpec as GraphOutput
+from torch.utils import _pytree as pytree
+
+from autotp.errors import CaptureError
 from autotp.passes.export import (
     distinct_tensors,
     export,
@@ -33,14 +41,6 @@ from autotp.passes.normalise import (
     value_of,
 )
 from autotp.passes.program import InputGuards, OutputSpec, Program, name_leaves, type_of
-from torch import Tensor, fx, nn
-from torch._ops import HigherOrderOperator, OpOverload
-from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind, OutputKind
-from torch.export.graph_signature import OutputSpec as GraphOutput
-from torch.utils import _pytree as pytree
-
-from autotp.errors import CaptureError
 
 aten = torch.ops.aten
 

@@ -1,9 +1,9 @@
 """The distributed program: local ops and named collectives, written as one fx graph per rank.
 
-In: a Program, its Network, a Plan, this rank's coordinates and its axes. Out: an fx.GraphModule that
-takes the original's placeholders (parameters as local tensors) and returns its flat outputs. Every
-size argument is rewritten to its local value; every moved value is moved once; nodes keep the stack
-trace of the user's line and carry their layout in `meta["layout"]`.
+In: a Program, its Network, a Plan, this rank's coordinates and its axes. Out: an fx.GraphModule
+that takes the original's placeholders (parameters as local tensors) and returns its flat outputs.
+Every size argument is rewritten to its local value; every moved value is moved once; nodes keep the
+stack trace of the user's line and carry their layout in `meta["layout"]`.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def _attribute(e: _Emitter, name: str) -> fx.Node:
     return e.attributes[name]
 
 
-# Ops -----------------------------------------------------------------------------------------------
+# Ops ---------------------------------------------------------------------------------------------
 
 
 def _emit_op(e: _Emitter, node: fx.Node, op: Op, decision: Decision) -> None:
@@ -220,7 +220,8 @@ def _site(e: _Emitter) -> dict[str, Any]:
 
 def _seed(e: _Emitter, made: fx.Node) -> None:
     """Let a whole op draw the same on all ranks."""
-    made.args = (made.target, *made.args)  # type: ignore[assignment]
+    op: Any = made.target
+    made.args = (op, *made.args)
     made.target = seeded_call
     made.kwargs = {**made.kwargs, **_site(e)}
 
@@ -253,7 +254,7 @@ def _local_factor(e: _Emitter, op: Op, decision: Decision, factor: str) -> int:
     raise AssertionError(factor)
 
 
-# Moves ---------------------------------------------------------------------------------------------
+# Moves -------------------------------------------------------------------------------------------
 
 
 def fetch(e: _Emitter, value: str, layout: Layout) -> fx.Node:
@@ -372,7 +373,7 @@ def _gathered(
     return (), None if is_even(shape, layout, e.grid) else size
 
 
-# Outputs -------------------------------------------------------------------------------------------
+# Outputs -----------------------------------------------------------------------------------------
 
 
 def _emit_output(e: _Emitter) -> None:
@@ -392,4 +393,4 @@ def program_nodes(module: fx.GraphModule) -> Iterator[fx.Node]:
             yield node
 
 
-__all__ = ["TARGETS", "emit", "program_nodes", "substitute", "tensor_slots", "P", "R"]
+__all__ = ["TARGETS", "P", "R", "emit", "program_nodes", "substitute", "tensor_slots"]

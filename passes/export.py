@@ -15,13 +15,13 @@ from typing import Any, NoReturn
 from unittest import mock
 
 import torch
-from autotp.passes.normalise import pick_line
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from autotp.errors import CaptureError
+from autotp.passes.normalise import pick_line
 
 # ---- before the export
 

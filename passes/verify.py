@@ -1,8 +1,8 @@
 """Check an emitted program's types before it may run.
 
-Every op's operand and result types must be, axis by axis, one of the four ways that its rule allows;
-every collective must be the one that `autotp.layouts.MOVES` names for the change that it makes; the
-outputs must be owned. The check reads the graph, not the plan.
+Every op's operand and result types must be, axis by axis, one of the four ways that its rule
+allows; every collective must be the one that `autotp.layouts.MOVES` names for the change that it
+makes. The check reads the graph, not the plan.
 """
 
 from __future__ import annotations

@@ -1,7 +1,5 @@
 """The check finds what is wrong and where it begins, and leaves the original as it was."""
 
-import operator
-
 import pytest
 import torch
 from torch import nn
@@ -87,7 +85,7 @@ def test_a_plan_is_checked_and_must_belong_to_the_model():
 
 
 def test_pins_are_followed():
-    pins = {"up.*": {"col": "o"}, "down.*": {"col": "i"}}
+    pins = {"up.?": {"col": "o"}, "down.?": {"col": "i"}}
     assert checked(mlp(), (1, 4), pins=pins).ok
 
 
@@ -121,6 +119,10 @@ def moves(function):
     return lambda node: node.target is function and "move" in node.meta
 
 
+def calls(op):
+    return lambda node: node.target is op
+
+
 def call_instead(function):
     return lambda node: setattr(node, "target", function)
 
@@ -129,9 +131,13 @@ def identity(x, _axis, **_options):
     return x * 1.0
 
 
+def refuse(*_args, **_options):
+    raise ValueError("not today")
+
+
 def test_a_swapped_collective_is_named(monkeypatch):
     names = plant(monkeypatch, moves(collectives.all_reduce), call_instead(identity))
-    report = checked(mlp(), (1, 4), pins={"down.*": {"col": "i"}})
+    report = checked(mlp(), (1, 4), pins={"down.?": {"col": "i"}})
     assert not report.ok and report.first.node == names[0]
     assert (report.first.what, report.first.op) == ("value", "identity")
     assert "is not what identity does" in report.problems[0]  # the type check sees it as well
@@ -141,7 +147,7 @@ def test_a_swapped_collective_is_named(monkeypatch):
 def test_a_collective_without_its_backward_is_named(monkeypatch):
     place = moves(collectives.invariant_to_replicate)
     names = plant(monkeypatch, place, call_instead(identity))
-    report = checked(mlp(), (1, 4), pins={"up.*": {"col": "o"}, "*.weight": {"col": "S(0)"}})
+    report = checked(mlp(), (1, 4), pins={"up.?": {"col": "o"}, "*.weight": {"col": "S(0)"}})
     assert not report.ok and report.first.what == "gradient"
     assert names[0] in report.first.readers
 
@@ -149,7 +155,7 @@ def test_a_collective_without_its_backward_is_named(monkeypatch):
 def test_a_changed_argument_is_named(monkeypatch):
     names = plant(
         monkeypatch,
-        lambda node: node.target is ATEN.layer_norm.default,
+        calls(ATEN.layer_norm.default),
         lambda node: node.update_arg(4, 0.5),
     )
     report = checked(nanogpt())
@@ -161,13 +167,12 @@ def test_a_damaged_rule_is_named(monkeypatch):
     wrong = table.Rule(ATEN.layer_norm.default, "... d, d, d -> ... d")  # d must be whole
     monkeypatch.setitem(table._TABLE, ATEN.layer_norm.default, wrong)
     report = checked(nanogpt(), (1, 4), pins={"ln_f": {"col": "d"}})
-    assert not report.ok and not [p for p in report.problems if "typed" in p]
-    assert report.first.name == "ln_f" and report.first.op == "layer_norm.default"
+    assert not report.ok and report.problems == ()  # the type check reads the same rule
+    assert report.first.op == "layer_norm.default"
 
 
 def test_a_rank_that_raises_is_a_finding(monkeypatch):
-    place = lambda node: node.target is ATEN.gelu.default  # noqa: E731
-    names = plant(monkeypatch, place, call_instead(operator.truediv))
+    names = plant(monkeypatch, calls(ATEN.gelu.default), call_instead(refuse))
     report = checked(nanogpt())
-    assert not report.ok and "TypeError" in report.problems[0]
+    assert not report.ok and report.problems[0].startswith("ValueError: not today; raised on")
     assert report.first.node == names[0]

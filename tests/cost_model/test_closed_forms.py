@@ -1,9 +1,10 @@
 import pytest
 import sympy
+from sympy import Integer
+
 from autotp.cost_model import closed_forms as cf
 from autotp.cost_model.closed_forms import a, b, c, g, h, p, q, r, s, sent_volume
 from autotp.cost_model.collectives import sent_bytes
-from sympy import Integer
 
 T = b * s
 N = p / a

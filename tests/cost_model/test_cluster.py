@@ -1,8 +1,8 @@
 import math
 
 import pytest
-from autotp.cost_model.cluster import CLUSTERS, by_name, crossing, dgx_a100, dgx_h100
 
+from autotp.cost_model.cluster import CLUSTERS, by_name, crossing, dgx_a100, dgx_h100
 from autotp.errors import AutotpError
 
 

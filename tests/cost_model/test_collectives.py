@@ -2,9 +2,9 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+
 from autotp.cost_model.cluster import Link, bandwidth_bound, dgx_h100, gloo_loopback
 from autotp.cost_model.collectives import ALGORITHMS, FREE, ROUNDS, collective_s, sent_bytes
-
 from autotp.layouts import MOVES
 
 KINDS = sorted(ROUNDS)

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+
 from autotp.cost_model.cluster import bandwidth_bound, dgx_a100
 from autotp.cost_model.compute import DTYPE_BYTES, dtype_bytes, matmul_flops, op_s
 

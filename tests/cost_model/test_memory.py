@@ -1,6 +1,7 @@
 import dataclasses
 
 import torch
+
 from autotp.cost_model.cluster import bandwidth_bound
 from autotp.cost_model.memory import ADAMW_STATES, Held, parameter_state_bytes, rank_memory
 

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import autotp
 from autotp.errors import CaptureError, InputError, PinError, PlanError, RuntimeStateError
 from autotp.layouts import Shard
+from autotp.ranks import checksum, refuse_disagreement
 from tests.end_to_end.models import (
     CLUSTER,
     VOCAB,
@@ -36,10 +37,10 @@ def batch():
 
 
 def pair(make, grid, inputs, **options):
-    """Return a model and its parallel twin."""
+    """Return a copy of a model, and the model made parallel."""
     model = make().train()
-    twin = copy.deepcopy(model)
-    return model, autotp.parallelize(twin, grid, inputs, cluster=CLUSTER, **options)
+    one = copy.deepcopy(model)
+    return one, autotp.parallelize(model, grid, inputs, cluster=CLUSTER, **options)
 
 
 def backward(model, inputs):
@@ -406,6 +407,8 @@ def test_dropout_trains_reproducibly_from_the_seed(grid):
             optimizer.step()
             steps.append(loss.item())
         losses.append(steps)
+        agreed = {n: checksum(v) for n, v in autotp.full_state_dict(ours).items()}
+        refuse_disagreement("replicas", agreed, "none: masks differ where tensors are whole")
     assert losses[0] == losses[1] != losses[2]
     ours.eval()
     assert ours(**inputs).loss == ours(**inputs).loss

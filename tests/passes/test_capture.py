@@ -7,10 +7,10 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from autotp.passes.capture import capture
 from torch import nn
 
 from autotp.errors import CaptureError, InputError
+from autotp.passes.capture import capture
 
 transformers = pytest.importorskip("transformers")
 
