@@ -112,6 +112,7 @@ def parallelize(
             f"{type(model).__name__} is parallel already",
             remedy="call autotp.parallelize once, on the original model",
         )
+    _refuse_meta(model)
     shape = as_grid(grid)
     device_type = device_of(list(model.parameters())).type
     ensure_process_group(shape, device_type)
@@ -143,6 +144,17 @@ def parallelize(
     if example_inputs is not None:
         compile_mode(parallel, *split_inputs(example_inputs))
     return parallel
+
+
+def _refuse_meta(model: nn.Module) -> None:
+    """Raise AutotpError for parameters without values: there is nothing to distribute."""
+    empty = [name for name, p in model.named_parameters() if p.is_meta]
+    if empty:
+        raise AutotpError(
+            f"{len(empty)} parameters of {type(model).__name__} are on the meta device",
+            at=[(name, "has no values") for name in empty[:3]],
+            remedy='model.to_empty(device="cpu") and load weights; autotp.plan needs none',
+        )
 
 
 def plan(

@@ -124,7 +124,7 @@ def prepare(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         captured=tuple(
             replace(d, kind=f"captured {d.kind}", jitter=jitter[d.kind, d.name]) for d in captured
         ),
-        notes=tuple(_notes(program, network, dropout)),
+        notes=tuple(_notes(program, network, dropout, rounding)),
     )
 
 
@@ -132,7 +132,13 @@ def _devices(state: Mapping[str, Tensor]) -> list[torch.device]:
     return sorted({t.device for t in state.values() if t.is_cuda}, key=str)
 
 
-def _notes(program: Program, network: Network, dropout: int) -> Iterator[str]:
+COARSE = 0.05
+"""A tolerance above which equality says little."""
+
+
+def _notes(program: Program, network: Network, dropout: int, rounding: Tolerance) -> Iterator[str]:
+    if rounding.value > COARSE:
+        yield f"{rounding.dtype} is too coarse to prove much: check model.float() or .double()"
     for op, count in network.unruled.items():
         yield f"{op} has no rule: its {count} calls run whole on every rank"
     if dropout:
@@ -166,9 +172,14 @@ def compare(subject: Subject, plan: Plan) -> Report:
             differences=tuple(found),
             tolerance=subject.tolerance,
             problems=tuple(problems),
-            notes=subject.notes,
+            notes=(*subject.notes, *_plan_notes(plan)),
         )
-        return report if report.ok else replace(report, first=_first(subject, plan, report))
+        return report if report.ok else replace(report, first=_first(subject, plan))
+
+
+def _plan_notes(plan: Plan) -> Iterator[str]:
+    if plan.grid.world_size > 1 and not any(d.factors for d in plan.decisions):
+        yield "the plan splits nothing, every rank runs it whole: pins or another cluster split it"
 
 
 def take_step(subject: Subject, plan: Plan, execute: Execute | None = None) -> GridRun:
@@ -185,16 +196,21 @@ def take_step(subject: Subject, plan: Plan, execute: Execute | None = None) -> G
     )
 
 
-def _first(subject: Subject, plan: Plan, report: Report) -> Divergence | None:
-    program, params = subject.program, leaf_params(subject.program, subject.state)
-    values = placeholder_values(program, params, subject.state, leaves(subject.inputs))
+def _first(subject: Subject, plan: Plan) -> Divergence | None:
+    program, eps = subject.program, subject.tolerance.eps
+
+    def values(state: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+        params = leaf_params(program, state)
+        return placeholder_values(program, params, state, leaves(inputs))
+
     return first_divergence(
         program,
-        values,
+        values(subject.state, subject.inputs),
+        values(*nudge(subject.state, subject.inputs, eps)),
         subject.backward,
         lambda execute: take_step(subject, plan, execute),
         plan.grid,
-        report.tolerance.value,
+        subject.tolerance,
     )
 
 

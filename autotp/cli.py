@@ -15,7 +15,7 @@ import torch
 
 import autotp
 from autotp import demo
-from autotp.cost_model.cluster import CLUSTERS, by_name
+from autotp.cost_model.cluster import CLUSTERS, bandwidth_bound, by_name
 from autotp.errors import AutotpError
 from autotp.progress import stage
 from autotp.zoo import ZOO, build
@@ -44,7 +44,6 @@ def make_parser() -> argparse.ArgumentParser:
     shown.add_argument("--steps", type=int, default=demo.STEPS)
     shown.set_defaults(run=run_demo)
     plan = commands.add_parser("plan", help="show the plan of a model, without its weights")
-    plan.add_argument("--cluster", choices=sorted(CLUSTERS), help="the machine to plan for")
     plan.add_argument("--save", metavar="FILE", help="write the plan as JSON")
     _add_model(plan, batch=8, seq=1024)
     plan.set_defaults(run=run_plan)
@@ -57,6 +56,7 @@ def make_parser() -> argparse.ArgumentParser:
 def _add_model(parser: argparse.ArgumentParser, *, batch: int, seq: int) -> None:
     parser.add_argument("model", choices=sorted(ZOO))
     parser.add_argument("--grid", type=parse_grid, required=True, help="such as 2x2 or dp=2,tp=4")
+    parser.add_argument("--cluster", choices=sorted(CLUSTERS), help="the machine to plan for")
     parser.add_argument("--batch", type=int, default=batch)
     parser.add_argument("--seq", type=int, default=seq)
 
@@ -82,7 +82,10 @@ def run_check(args: argparse.Namespace) -> int:
     """Run every rank of a small variant with random weights."""
     torch.manual_seed(0)
     model, inputs = build(args.model, small=True, batch=args.batch, seq=args.seq, device="cpu")
-    report = autotp.check(model, args.grid, inputs)
+    # Models this small are not worth splitting on a real machine: let arithmetic be dear.
+    dear = bandwidth_bound(1e9, flops_per_s=1e9)
+    cluster = by_name(args.cluster) if args.cluster else dear
+    report = autotp.check(model, args.grid, inputs, cluster=cluster)
     print(report)
     return 0 if report.ok else 1
 

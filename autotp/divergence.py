@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from autotp.comparison import Divergence, distance, finite_largest
+from autotp.comparison import Difference, Divergence, Tolerance, distance, finite_largest
 from autotp.grid import Grid
 from autotp.layouts import AxisType, Layout, P, R, layout_text
 from autotp.passes.network import is_getitem, value_name
@@ -50,28 +50,33 @@ class Recorder(fx.Interpreter):
 
 @dataclass(frozen=True, slots=True)
 class _Runs:
-    """What all ranks recorded, the original's values by name, and the graph they ran."""
+    """What all ranks recorded, the original's values by name, and the graph they ran.
+
+    `nudged` are the original's values when its data are rounded anew.
+    """
 
     program: Program
     grid: Grid
     ranks: Mapping[int, Values]
     original: Values
+    nudged: Values
     graph: fx.Graph
-    tolerance: float
+    tolerance: Tolerance
 
 
 def first_divergence(
     program: Program,
     placeholders: Sequence[Tensor],
+    nudged: Sequence[Tensor],
     backward: Sequence[Tensor | None],
     run_ranks: Callable[[Execute], object],
     grid: Grid,
-    tolerance: float,
+    tolerance: Tolerance,
 ) -> Divergence | None:
     """Return where a difference begins, or None if it cannot be found node by node.
 
-    `placeholders` are the captured graph's arguments; `run_ranks` takes a step on all ranks with
-    the given way to execute a rank's program.
+    `placeholders` are the captured graph's arguments, `nudged` they rounded anew; `run_ranks`
+    takes a step on all ranks with the given way to execute a rank's program.
     """
     ranks: dict[int, Values] = {}
     modules: dict[int, fx.GraphModule] = {}
@@ -85,9 +90,9 @@ def first_divergence(
         run_ranks(execute)
     if not modules:
         return None
-    original = record_original(program, placeholders, backward)
+    original, moved = (record_original(program, p, backward) for p in (placeholders, nudged))
     graph = modules[min(modules)].graph
-    runs = _Runs(program, grid, ranks, original, graph, tolerance)
+    runs = _Runs(program, grid, ranks, original, moved, graph, tolerance)
     return forward_divergence(runs) or backward_divergence(runs)
 
 
@@ -108,9 +113,10 @@ def forward_divergence(runs: _Runs) -> Divergence | None:
         if "value" not in node.meta:
             continue
         pieces = [runs.ranks.get(r, {}).get(node.name) for r in range(runs.grid.world_size)]
-        expected = runs.original[node.meta["value"]]
-        off = _off(pieces, node.meta["layout"], expected, runs)
-        if off > runs.tolerance:
+        value = node.meta["value"]
+        expected, moved = runs.original[value], runs.nudged[value]
+        off = _off(pieces, node.meta["layout"], expected, moved, runs)
+        if off > runs.tolerance.value:
             return _describe("value", node, off, runs)
     return None
 
@@ -128,23 +134,21 @@ def backward_divergence(runs: _Runs) -> Divergence | None:
         expected = runs.original[value]
         if not (expected.requires_grad and expected.is_floating_point()):
             continue
-        pieces = [_gradient(runs.ranks[r].get(node.name)) for r in range(runs.grid.world_size)]
+        pieces = [_gradient(runs.ranks[r][node.name]) for r in range(runs.grid.world_size)]
         dual = tuple(DUAL.get(t, t) for t in node.meta["layout"])
-        whole = _gradient(expected)
-        assert whole is not None
-        off = _off(pieces, dual, whole, runs)
-        if off > runs.tolerance:
+        off = _off(pieces, dual, _gradient(expected), _gradient(runs.nudged[value]), runs)
+        if off > runs.tolerance.value:
             return _describe("gradient", node, off, runs)
     return None
 
 
-def _gradient(t: Tensor | None) -> Tensor | None:
-    if t is None:
-        return None
+def _gradient(t: Tensor) -> Tensor:
     return torch.zeros_like(t) if t.grad is None else t.grad
 
 
-def _off(pieces: Sequence[Tensor | None], layout: Layout, expected: Tensor, runs: _Runs) -> float:
+def _off(
+    pieces: Sequence[Tensor | None], layout: Layout, expected: Tensor, moved: Tensor, runs: _Runs
+) -> float:
     """Return the relative difference; infinite where a rank has nothing."""
     present = [p.detach() for p in pieces if p is not None]
     if len(present) < len(pieces):
@@ -153,8 +157,15 @@ def _off(pieces: Sequence[Tensor | None], layout: Layout, expected: Tensor, runs
         pairs = list(differences(present, layout, expected.detach(), runs.grid))
     except RuntimeError:  # partial terms of different shapes
         return math.inf
-    error = max(distance(a, b) for a, b in pairs)
-    return error / (finite_largest(expected) or 1.0)
+    found = Difference(
+        kind="value",
+        name="",
+        layout="",
+        error=max(distance(a, b) for a, b in pairs),
+        largest=finite_largest(expected),
+        jitter=distance(moved.detach(), expected.detach()),
+    )
+    return found.relative(runs.tolerance)
 
 
 def _describe(what: str, node: fx.Node, off: float, runs: _Runs) -> Divergence:

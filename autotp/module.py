@@ -1,8 +1,8 @@
 """The module that runs: the user's own model, in place, with its forward replaced.
 
-`ParallelModule` is mixed into the model's class (as FSDP2 does), so that its names, buffers, methods
-and attributes stay. Parameters become DTensors; `forward` hands their local tensors to the emitted
-graph of the mode (train or eval; captured separately) and rebuilds the original's outputs.
+`ParallelModule` is mixed into the model's class (as FSDP2 does), so that its names, buffers,
+methods and attributes stay. Parameters become DTensors; `forward` hands their local tensors to the
+emitted graph of the mode (train or eval; captured separately) and rebuilds the original's outputs.
 """
 
 from __future__ import annotations
@@ -99,6 +99,7 @@ class ParallelModule(nn.Module):
             )
         return modes.get(self.training) or next(iter(modes.values()))
 
+    @torch.compiler.disable(recursive=False)  # torch.compile begins at the emitted graph
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run this rank's program on the global batch; return what the original would."""
         state = self._autotp
@@ -127,7 +128,7 @@ class ParallelModule(nn.Module):
         if assign and state.layouts:
             raise RuntimeStateError(
                 "load_state_dict(assign=True) would replace distributed parameters",
-                remedy="load with assign=False; from the meta device call to_empty(device=) first",
+                remedy="load with assign=False",
             )
         own = dict(self.state_dict())
         placed = {name: _place(state, name, v, own.get(name)) for name, v in state_dict.items()}
@@ -231,10 +232,10 @@ def _write_buffers(state: State, program: Program, values: Sequence[Tensor]) -> 
 
 
 def _as_dtensors(state: State, compiled: Compiled, outputs: Sequence[Tensor]) -> list[Tensor]:
-    shapes = {n.name: n.meta["val"].shape for n in compiled.program.graph.nodes if "val" in n.meta}
+    shapes = {n.name: n.meta.get("val") for n in compiled.program.graph.nodes}
     names, layouts = compiled.program.outputs, compiled.plan.outputs[: len(outputs)]
     return [
-        as_dtensor(out, layout, shapes[name], state.mesh) if layout is not None else out
+        as_dtensor(out, layout, shapes[name].shape, state.mesh) if layout is not None else out
         for out, layout, name in zip(outputs, layouts, names, strict=True)
     ]
 
@@ -257,9 +258,7 @@ def make_parallel(model: nn.Module, state: State) -> ParallelModule:
     return parallel
 
 
-def compile_mode(
-    model: ParallelModule, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> Compiled:
+def compile_mode(model: ParallelModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Compiled:
     """Capture, plan and emit the current mode; the first time, distribute the parameters."""
     state = model._autotp
     whole_args, whole_kwargs = tree_map(_whole, (tuple(args), dict(kwargs)))
@@ -274,7 +273,7 @@ def compile_mode(
     return compiled
 
 
-class _original_class:  # noqa: N801 - a context manager reads as a verb
+class _original_class:
     """Give a parallel model its own class and forward back while it is captured."""
 
     def __init__(self, model: ParallelModule) -> None:
@@ -287,7 +286,7 @@ class _original_class:  # noqa: N801 - a context manager reads as a verb
         self.model.__class__ = self.parallel
 
 
-class _whole_parameters:  # noqa: N801
+class _whole_parameters:
     """Put parameters of the whole shape in place of sharded ones; capture never reads them."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -342,9 +341,18 @@ def distribute(model: ParallelModule, compiled: Compiled) -> None:
             local = take_shard(old.detach(), layout, state.grid, state.coords).clone()
             new = as_parameter(local, layout, old.shape, state.mesh, old.requires_grad)
             new.__dict__.update(old.__dict__)
+            carry_hooks(old, new)
             made[id(old)] = new
             note_replacement(old, new)
         module._parameters[name] = made[id(old)]
+
+
+def carry_hooks(old: nn.Parameter, new: nn.Parameter) -> None:
+    """Register the hooks of a parameter on its successor: they see the gradient as a DTensor."""
+    for hook in (old._backward_hooks or {}).values():
+        new.register_hook(hook)
+    for hook in (getattr(old, "_post_accumulate_grad_hooks", None) or {}).values():
+        new.register_post_accumulate_grad_hook(hook)
 
 
 def new_state(grid: Grid, compile: Compile, outputs: str, mesh: DeviceMesh) -> State:

@@ -66,10 +66,10 @@ def together(make: Callable[[], T]) -> T:
         value = make()
     except Exception as error:
         mine = error
-    for rank, error in enumerate(_gathered(_portable(mine))):
-        if mine is None and error is not None:
-            error.add_note(f"raised on rank {rank}")
-            raise error
+    for rank, other in enumerate(_gathered(_portable(mine))):
+        if mine is None and other is not None:
+            other.add_note(f"raised on rank {rank}")
+            raise other
     if mine is not None:
         raise mine
     return cast(T, value)

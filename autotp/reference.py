@@ -123,8 +123,8 @@ def nudge(
     moved: dict[int, Tensor] = {}
     for t in (*state.values(), *inputs):
         up = torch.rand(t.shape, generator=generator).to(t.device) < 0.5
-        factor = torch.where(up, 1 + eps, 1 - eps).to(t.dtype) if t.is_floating_point() else 1
-        moved[id(t)] = (t.detach() * factor).requires_grad_(t.requires_grad)
+        share = torch.where(up, eps, -eps).to(t.dtype) if t.is_floating_point() else 0
+        moved[id(t)] = (t.detach() + t.detach() * share).requires_grad_(t.requires_grad)
     return {name: moved[id(t)] for name, t in state.items()}, [moved[id(t)] for t in inputs]
 
 

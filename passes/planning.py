@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from autotp.cost_model.cluster import Cluster
 from autotp.cost_model.collectives import sent_bytes
 from autotp.cost_model.memory import ADAMW_STATES
+from autotp.errors import BudgetError
 from autotp.grid import Grid
 from autotp.layouts import I, Layout
 from autotp.passes.explain import RunnersUp
@@ -74,10 +75,12 @@ def search_plan(
     pins = pins or {}
     check_pins(pins, grid, program, network)
     fixed = {node: rest[fqn] for node, fqn in program.params.items() if rest and fqn in rest}
+    count = len(program.outputs) if sharded_outputs else 0
+    sharded = {o for o in network.outputs[:count] if o} - {*network.outputs[count:]}
 
     def model_with(pins: Pins) -> Model:
         kept = PinFilter(pins, grid, program.names, program.params)
-        limits = Limits(kept.op, kept.rest, fixed, sharded_outputs)
+        limits = Limits(kept.op, kept.rest, fixed, sharded)
         model = build_model(network, factors, grid, cluster, program.params, limits)
         refuse_misfits(kept)
         return model
@@ -110,14 +113,25 @@ def solve_within(
     Raises BudgetError where no plan fits.
     """
     solution = solve(problem, limit)
-    spent_s = solution.seconds
+    spent_s, totals = solution.seconds, []
     while limit is not None and np.isfinite(solution.cost_s):
-        over = read(solution).memory.total - limit
-        if over <= 0:
+        totals.append(read(solution).memory.total)
+        if totals[-1] <= limit:
             break
-        solution = solve(problem, solution.memory_bytes - over)
+        try:
+            solution = solve(problem, solution.memory_bytes - (totals[-1] - limit))
+        except BudgetError:
+            raise _over_budget(limit, min(totals)) from None
         spent_s += solution.seconds
     return replace(solution, seconds=spent_s)
+
+
+def _over_budget(limit: float, least: int) -> BudgetError:
+    return BudgetError(
+        f"no plan was found that fits {limit / 1e9:.6g} GB per rank",
+        at=[("smallest", f"{least / 1e9:.6g} GB is what the smallest plan found needs")],
+        remedy=f"a budget of {least} bytes, or more ranks",
+    )
 
 
 def _is_possible(model: Model) -> bool:
@@ -219,7 +233,7 @@ def _output_layout(model: Model, value: Value, made: Layout, whole: Layout) -> L
     if value.name not in model.types:
         return whole
     table = model.table_of(value)
-    allowed = [k for k, c in enumerate(table.layouts) if model.may_return(c)]
+    allowed = [k for k, c in enumerate(table.layouts) if model.may_return(value.name, c)]
     cheapest = min(allowed, key=lambda k: float(table.seconds[table.number[made], k]))
     return table.layouts[cheapest]
 

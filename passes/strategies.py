@@ -16,7 +16,7 @@ keeps it, or to the copy where several do. `pricing` fills the tables.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -63,7 +63,7 @@ class Model:
     variables: tuple[Variable, ...]
     moves: Moves
     types: Mapping[str, AxisTypes]  # per value, the types on each axis that its moves may use
-    may_return: Callable[[Layout], bool]
+    may_return: Callable[[str, Layout], bool]
 
     def table_of(self, value: Value) -> MoveTable:
         """Return the moves of a value."""
@@ -80,17 +80,17 @@ class Limits:
 
     op, rest         the numbers of an op's strategies and of a parameter's layouts that are allowed
     fixed            how some parameters rest already
-    sharded_outputs  whether outputs may be returned in shards
+    sharded          the outputs that may be returned in shards
     """
 
     op: Callable[[Op, Sequence[Strategy]], Sequence[int]] = _all
     rest: Callable[[str, Sequence[Layout]], Sequence[int]] = _all
     fixed: Mapping[str, Layout] = field(default_factory=dict)
-    sharded_outputs: bool = False
+    sharded: Collection[str] = ()
 
-    def may_return(self, layout: Layout) -> bool:
+    def may_return(self, value: str, layout: Layout) -> bool:
         """Say whether the program may return an output in this layout."""
-        return is_owned(layout) if self.sharded_outputs else all(t is I for t in layout)
+        return is_owned(layout) if value in self.sharded else all(t is I for t in layout)
 
 
 @dataclass(slots=True)
@@ -337,5 +337,5 @@ def _join_output(b: _Builder, value: str) -> None:
     """Charge the cheapest way to a layout in which the program may return a value."""
     v, (number, found) = b.network.values[value], b.places[value]
     table = b.moves.table(v.shape, v.dtype, v.grad, b.types[value])
-    allowed = b.moves.column(c for c in table.layouts if b.limits.may_return(c))
+    allowed = b.moves.column(c for c in table.layouts if b.limits.may_return(value, c))
     b.unary[number] = b.unary[number] + _pair(b, v, found, allowed).min(axis=1)

@@ -1,5 +1,7 @@
 """The check finds what is wrong and where it begins, and leaves the original as it was."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -73,7 +75,17 @@ def test_buffers_inputs_and_every_output_are_compared():
     assert report.ok
     assert {("buffer", f"norm.running_{k}") for k in ("mean", "var")} <= found
     assert ("gradient", "x") in found and x.grad is None
-    assert sum(kind == "output" for kind, _ in found) == 3
+    assert sorted(kind for kind, _ in found if kind in ("loss", "output")) == [
+        "loss",
+        *["output"] * 2,
+    ]
+
+
+def test_a_check_that_proves_little_says_so():
+    model, inputs = mlp()
+    assert "splits nothing" in autotp.check(model, (2, 2), inputs, cluster="gloo_loopback").notes[0]
+    inputs = {name: x.bfloat16() for name, x in inputs.items()}
+    assert "bfloat16 is too coarse" in checked((model.bfloat16(), inputs)).notes[0]
 
 
 def test_a_plan_is_checked_and_must_belong_to_the_model():
@@ -160,15 +172,15 @@ def test_a_changed_argument_is_named(monkeypatch):
     )
     report = checked(nanogpt())
     assert not report.ok and report.first.node == names[0]
-    assert report.first.name.startswith("h.0.ln_1") and "ln_1" in str(report.first)
+    assert "layer_norm.default (h.0.ln_2 at models.py:" in str(report.first)
 
 
 def test_a_damaged_rule_is_named(monkeypatch):
-    wrong = table.Rule(ATEN.layer_norm.default, "... d, d, d -> ... d")  # d must be whole
-    monkeypatch.setitem(table._TABLE, ATEN.layer_norm.default, wrong)
-    report = checked(nanogpt(), (1, 4), pins={"ln_f": {"col": "d"}})
+    wrong = dataclasses.replace(table.find(ATEN.mse_loss.default), average=None)
+    monkeypatch.setitem(table._TABLE, ATEN.mse_loss.default, wrong)
+    report = checked(mlp(), (1, 4), pins={"mse_loss": {"col": ".0"}})
     assert not report.ok and report.problems == ()  # the type check reads the same rule
-    assert report.first.op == "layer_norm.default"
+    assert report.first.op == "mse_loss.default"
 
 
 def test_a_rank_that_raises_is_a_finding(monkeypatch):

@@ -1,4 +1,4 @@
-"""What a user keeps: names, ties, buffers, attributes, modes, checkpoints and copies of the model."""
+"""What a user keeps: names, ties, buffers, attributes, modes, checkpoints, copies of a model."""
 
 import copy
 import pickle
@@ -7,7 +7,7 @@ import tempfile
 import pytest
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils.checkpoint import checkpoint
@@ -50,7 +50,7 @@ def backward(model, inputs):
     return {"loss": loss.detach(), **gradients(model)}
 
 
-# The module ----------------------------------------------------------------------------------------
+# The module --------------------------------------------------------------------------------------
 
 
 @on_ranks((1, 2))
@@ -59,7 +59,8 @@ def test_names_ties_buffers_and_attributes_stay(grid):
     model.note = "mine"
     model.transformer.wte.weight.group = "embeddings"
     model.transformer.ln_f.bias.requires_grad_(False)
-    one, ours = pair(lambda: model, grid, tokens())
+    inputs = tokens()
+    one, ours = pair(lambda: model, grid, inputs)
     assert isinstance(ours, type(one)) and ours.note == "mine" and ours.config is not None
     for names in ("named_parameters", "named_buffers", "named_modules"):
         assert [n for n, _ in getattr(ours, names)()] == [n for n, _ in getattr(one, names)()]
@@ -69,7 +70,7 @@ def test_names_ties_buffers_and_attributes_stay(grid):
         p.requires_grad for p in one.parameters()
     ]
     assert all(isinstance(p, DTensor) and p.is_leaf for p in ours.parameters())
-    assert_near(backward(ours, tokens()), backward(one, tokens()))
+    assert_near(backward(ours, inputs), backward(one, inputs))
 
 
 @on_ranks((1, 2), (2, 2))
@@ -87,7 +88,8 @@ def test_buffers_follow_and_frozen_parameters_stay(grid):
 def test_evaluation_is_planned_at_its_first_call(grid):
     inputs = tokens()
     one, ours = pair(lambda: gpt2(dropout=0.5), grid, inputs)
-    one.eval(), ours.eval()
+    one.eval()
+    ours.eval()
     with torch.inference_mode():
         assert_near({"logits": ours(**inputs).logits}, {"logits": one(**inputs).logits})
     assert not ours.plan.train and ours.plan.params == ours._autotp.modes[True].plan.params
@@ -113,7 +115,8 @@ def test_an_unfrozen_parameter_is_planned_again(grid):
     model.lm_head.weight.requires_grad_(True)
     one, ours = pair(lambda: model, grid, inputs)
     assert_near(backward(ours, inputs), backward(one, inputs))
-    ours.requires_grad_(True), one.requires_grad_(True)
+    ours.requires_grad_(True)
+    one.requires_grad_(True)
     assert_near(backward(ours, inputs), backward(one, inputs))
 
 
@@ -121,7 +124,8 @@ def test_an_unfrozen_parameter_is_planned_again(grid):
 def test_another_dtype_is_planned_again(grid):
     inputs = batch()
     one, ours = pair(Mlp, grid, inputs)
-    one.double(), ours.double()
+    one.double()
+    ours.double()
     inputs = {name: x.double() for name, x in inputs.items()}
     assert_near(backward(ours, inputs), backward(one, inputs), bound=1e-12)
     assert ours.fc1.weight.dtype == torch.float64
@@ -170,7 +174,7 @@ def test_sharded_outputs_are_dtensors(grid):
     assert ours.calls == 1 and not isinstance(ours.calls, DTensor)
 
 
-# State ---------------------------------------------------------------------------------------------
+# State -------------------------------------------------------------------------------------------
 
 
 @on_ranks((1, 2), (2, 2), (1, 4), (4, 1))
@@ -254,7 +258,7 @@ def test_an_optimizer_that_has_stepped_is_refused(grid):
         optimizer.step()
 
 
-# Plans, pins and grids -----------------------------------------------------------------------------
+# Plans, pins and grids ---------------------------------------------------------------------------
 
 
 @on_ranks((1, 2), (2, 2))
@@ -291,8 +295,6 @@ def test_pins_are_kept_and_misfits_named(grid):
 def test_grids_may_be_named_or_meshes(grid):
     inputs = batch()
     ranks = torch.arange(4).reshape(2, 2).T  # rank 1 stands below rank 0
-    from torch.distributed.device_mesh import DeviceMesh
-
     grids = [
         {"dp": 2, "tp": 2},
         init_device_mesh("cpu", grid, mesh_dim_names=("dp", "tp")),
@@ -307,7 +309,7 @@ def test_grids_may_be_named_or_meshes(grid):
         assert_near(autotp.full_state_dict(ours), one.state_dict(), bound=0)
 
 
-# Refusals ------------------------------------------------------------------------------------------
+# Refusals ----------------------------------------------------------------------------------------
 
 
 @on_ranks((1, 2))
@@ -340,7 +342,9 @@ def test_ranks_that_disagree_are_named(grid):
 
     def refused(what, model, inputs, **options):
         with pytest.raises(RuntimeStateError, match=rf"different {what}\n  at +rank 1 "):
-            ours = autotp.parallelize(copy.deepcopy(model), grid, inputs, cluster=CLUSTER, **options)
+            ours = autotp.parallelize(
+                copy.deepcopy(model), grid, inputs, cluster=CLUSTER, **options
+            )
             ours(**inputs)
 
     refused("models", Mlp(width=32 + 8 * (rank == 1)), inputs)
@@ -389,7 +393,7 @@ def test_a_replaced_parameter_is_refused(grid):
         ours(**batch())
 
 
-# Dropout -------------------------------------------------------------------------------------------
+# Dropout -----------------------------------------------------------------------------------------
 
 
 @on_ranks((2, 2))

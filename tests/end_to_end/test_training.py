@@ -1,4 +1,4 @@
-"""The user's own training loop, on real ranks: the same losses, gradients and weights as one device.
+"""The user's own training loop, on real ranks: losses, gradients and weights of one device.
 
 AdamW's eps is 1e-3: a key's bias has a true gradient of zero, whose rounding Adam would amplify.
 """
@@ -10,7 +10,7 @@ from torch.nn.utils import clip_grad_norm_
 
 import autotp
 from autotp.layouts import Shard
-from tests.end_to_end.models import CLUSTER, assert_near, gpt2, gradients, llama, tokens
+from tests.end_to_end.models import CLUSTER, assert_near, gpt2, gradients, llama, tokens, whole
 from tests.end_to_end.on_ranks import on_ranks
 
 GRIDS = (1, 1), (1, 2), (2, 1), (1, 4), (4, 1), (2, 2)
@@ -28,12 +28,8 @@ def train(model, inputs):
         seen |= {f"{name} {step}": g for name, g in gradients(model).items()}
         norm = clip_grad_norm_(model.parameters(), 0.1)
         optimizer.step()
-        seen |= {f"loss {step}": loss.detach(), f"norm {step}": whole_norm(norm)}
+        seen |= {f"loss {step}": loss.detach(), f"norm {step}": whole(norm)}
     return seen
-
-
-def whole_norm(norm):
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
 def trains_as_one_device(model, grid):
