@@ -102,6 +102,14 @@ class ParallelModule(nn.Module):
     @torch.compiler.disable(recursive=False)  # torch.compile begins at the emitted graph
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run this rank's program on the global batch; return what the original would."""
+        compiled, arguments = self._begin(args, kwargs)
+        return self._end(compiled, compiled.graph_module(*arguments))
+
+    @torch.compiler.disable
+    def _begin(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[Compiled, list[Tensor]]:
+        """Return the program of the mode and the arguments of its graph for one call."""
         state = self._autotp
         compiled = state.modes.get(self.training)
         if compiled is None or _was_unfrozen(state, compiled):
@@ -114,11 +122,16 @@ class ParallelModule(nn.Module):
         rng = compiled.graph_module.meta["rng"]
         if rng is not None:
             rng.step_seed = agreed_step_seed(state.axes.values())
-        values = compiled.graph_module(*_arguments(state, program, inputs))
-        outputs = _write_buffers(state, program, values)
+        return compiled, [*_arguments(state, program, inputs)]
+
+    @torch.compiler.disable
+    def _end(self, compiled: Compiled, values: Sequence[Tensor]) -> Any:
+        """Store the new values of buffers, and rebuild the original's outputs."""
+        state = self._autotp
+        outputs = _write_buffers(state, compiled.program, values)
         if state.outputs == "sharded":
             outputs = _as_dtensors(state, compiled, outputs)
-        return program.unflatten_outputs(outputs)
+        return compiled.program.unflatten_outputs(outputs)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
