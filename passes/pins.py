@@ -4,8 +4,9 @@
     {"transformer.h.*.mlp.c_fc.weight": {"col": "S(1)"}}    a parameter's resting type on an axis:
                                                             I, S(d), or S for any dim
 
-A pattern that matches nothing, an axis that the grid lacks and a choice that no matched op has are
-refused together, with the legal values.
+A pattern with wildcards pins ops where it wants a factor, R or P, parameters where it wants a type
+S, and both where it wants I. A pattern that matches nothing of its kind, an axis that the grid lacks
+and a choice that a matched op does not have are refused together, with the legal values.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dataclasses import dataclass, field
 
 from autotp.errors import PinError
 from autotp.grid import Grid
-from autotp.layouts import Layout, Shard, kind
+from autotp.layouts import Layout, Shard
 from autotp.passes.choices import AxisChoice, Strategy
 from autotp.passes.network import Network, Op
 from autotp.passes.program import Program
@@ -38,6 +39,11 @@ class Pin:
 
     def __str__(self) -> str:
         return f"{self.wanted!r} on axis {self.axis!r}"
+
+    def is_for(self, parameter: bool) -> bool:
+        """Say whether what is wanted is a resting type, or else a choice of an op."""
+        is_type = self.wanted == "S" or self.wanted.startswith("S(")
+        return self.wanted == "I" or is_type == parameter
 
 
 @dataclass(slots=True)
@@ -58,7 +64,7 @@ class PinFilter:
     def op(self, op: Op, strategies: Sequence[Strategy]) -> Sequence[int]:
         """Return the numbers of the strategies that every pin on this op allows."""
         name = self.names[op.name]
-        if not (pins := self._on(name)):
+        if not (pins := self._on(name, parameter=False)):
             return range(len(strategies))
         allowed = [self._strategies(pin, strategies) for pin in pins]
         legal = [self._legal(pin, [s.choices for s in strategies]) for pin in pins]
@@ -67,20 +73,21 @@ class PinFilter:
     def rest(self, value: str, layouts: Sequence[Layout]) -> Sequence[int]:
         """Return the numbers of the layouts that every pin on this parameter allows."""
         name = self.params[value]
-        if not (pins := self._on(name)):
+        if not (pins := self._on(name, parameter=True)):
             return range(len(layouts))
         allowed = [self._layouts(pin, layouts) for pin in pins]
         legal = [self._legal(pin, layouts) for pin in pins]
         return self._common(name, pins, allowed, legal) or range(len(layouts))
 
-    def _on(self, name: str) -> list[Pin]:
+    def _on(self, name: str, parameter: bool) -> list[Pin]:
         exact = [name] if name in self.pins else []
-        return [
+        found = [
             Pin(pattern, axis, wanted)
             for pattern in [*exact, *(p for p in self.wild if matches(p, name))]
             for axis, wanted in self.pins[pattern].items()
             if self.grid.sizes[self.grid.axis(axis)] > 1
         ]
+        return [pin for pin in found if pin.pattern == name or pin.is_for(parameter)]
 
     def _strategies(self, pin: Pin, strategies: Sequence[Strategy]) -> set[int]:
         axis = self.grid.axis(pin.axis)
@@ -152,16 +159,23 @@ def type_fits(t: object, wanted: str) -> bool:
 
 def check_pins(pins: Pins, grid: Grid, program: Program, network: Network) -> None:
     """Refuse patterns that match nothing and axes that the grid does not have, all at once."""
-    names = [program.names[op.name] for op in network.ops] + list(program.params.values())
-    known, problems = set(names), []
+    ops, params = [program.names[op.name] for op in network.ops], list(program.params.values())
+    known, problems = {*ops, *params}, []
     for pattern, axes in pins.items():
-        found = pattern in known or (is_wild(pattern) and any(matches(pattern, n) for n in names))
-        if not found:
-            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
+        kinds = {
+            parameter
+            for parameter, names in ((False, ops), (True, params))
+            if is_wild(pattern) and any(matches(pattern, n) for n in names)
+        }
+        if pattern not in known and not kinds:
+            near = difflib.get_close_matches(pattern, [*ops, *params], n=3, cutoff=0.0)
             problems.append(
                 (pattern, f"matches no op and no parameter; nearest: {', '.join(near)}")
             )
-        for axis in axes:
+        for axis, wanted in axes.items():
+            if kinds and not any(Pin(pattern, axis, wanted).is_for(kind) for kind in kinds):
+                what = "ops" if False in kinds else "parameters"
+                problems.append((pattern, f"matches {what} only, and {wanted!r} is not for them"))
             if axis not in grid.names:
                 problems.append(
                     (pattern, f"no axis {axis!r}; the grid has {', '.join(grid.names)}")
@@ -222,7 +236,6 @@ __all__ = [
     "contradiction",
     "fits",
     "irreducible",
-    "kind",
     "matches",
     "refuse_misfits",
 ]

@@ -43,9 +43,9 @@ def pair(make, grid, inputs, **options):
     return one, autotp.parallelize(model, grid, inputs, cluster=CLUSTER, **options)
 
 
-def backward(model, inputs):
+def backward(model, inputs, call=None):
     model.zero_grad()
-    loss = loss_of(model(**inputs))
+    loss = loss_of((call or model)(**inputs))
     loss.backward()
     return {"loss": loss.detach(), **gradients(model)}
 
@@ -172,6 +172,65 @@ def test_sharded_outputs_are_dtensors(grid):
     assert_near({"y": mine.full_tensor().detach(), **gradients(ours)},
                 {"y": theirs.detach(), **gradients(one)})  # fmt: skip
     assert ours.calls == 1 and not isinstance(ours.calls, DTensor)
+
+
+class Centred(Mlp):
+    """Keep a running mean of what a split layer makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(32))
+
+    def forward(self, x):
+        hidden = self.fc1(x)
+        self.mean.mul_(0.9).add_(0.1 * hidden.mean(0).detach())
+        return self.fc2(torch.relu(hidden - self.mean))
+
+
+@on_ranks((1, 2))
+def test_buffers_are_whole_where_outputs_are_sharded(grid):
+    x = batch()["x"]
+    pins = {"fc1": {"col": "o"}}
+    one, ours = pair(Centred, grid, {"x": x}, outputs="sharded", pins=pins)
+    ours(x)
+    one(x)
+    assert_near({"mean": ours.mean}, {"mean": one.mean})
+
+
+@on_ranks((1, 2))
+def test_compiled_models_run_the_emitted_graph(grid):
+    inputs = batch()
+    one, ours = pair(Mlp, grid, inputs)
+    graphs = []
+
+    def backend(graph, _inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(ours, backend=backend)
+    for _ in range(2):
+        assert_near(backward(ours, inputs, compiled), backward(one, inputs))
+    assert len(graphs) == 1
+
+
+@on_ranks((1, 2))
+def test_hooks_of_parameters_see_dtensors(grid):
+    model, seen = Mlp(), []
+    model.fc1.weight.register_hook(seen.append)
+    model.fc1.weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad))
+    autotp.parallelize(model, grid, batch(), cluster=CLUSTER)
+    backward(model, batch())
+    assert [type(g) for g in seen] == [DTensor, DTensor]
+
+
+@on_ranks((1, 2))
+def test_gradients_accumulate(grid):
+    inputs = tokens()
+    one, ours = pair(gpt2, grid, inputs)
+    for model in (one, ours):
+        for _ in range(2):
+            model(**inputs).loss.backward()
+    assert_near(gradients(ours), gradients(one))
 
 
 # State -------------------------------------------------------------------------------------------
