@@ -11,7 +11,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -40,6 +40,7 @@ class Compiled:
     graph_module: fx.GraphModule
 
 
+Method = TypeVar("Method", bound=Callable[..., Any])
 Compile = Callable[[nn.Module, Sequence[Any], Mapping[str, Any], bool], Compiled]
 """From a model with whole parameters, inputs and the mode, the program of this rank."""
 
@@ -75,6 +76,12 @@ class State:
         )
 
 
+def _eager(*, recursive: bool = True) -> Callable[[Method], Method]:
+    """Keep torch.compile out of a method, and of all that it calls if `recursive`."""
+    found: Any = torch.compiler.disable(recursive=recursive)  # type: ignore[no-untyped-call]
+    return cast(Callable[[Method], Method], found)
+
+
 class ParallelModule(nn.Module):
     """A model whose forward is the distributed program of one rank."""
 
@@ -99,13 +106,13 @@ class ParallelModule(nn.Module):
             )
         return modes.get(self.training) or next(iter(modes.values()))
 
-    @torch.compiler.disable(recursive=False)  # torch.compile begins at the emitted graph
+    @_eager(recursive=False)  # torch.compile begins at the emitted graph
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run this rank's program on the global batch; return what the original would."""
         compiled, arguments = self._begin(args, kwargs)
         return self._end(compiled, compiled.graph_module(*arguments))
 
-    @torch.compiler.disable
+    @_eager()
     def _begin(
         self, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> tuple[Compiled, list[Tensor]]:
@@ -124,7 +131,7 @@ class ParallelModule(nn.Module):
             rng.step_seed = agreed_step_seed(state.axes.values())
         return compiled, [*_arguments(state, program, inputs)]
 
-    @torch.compiler.disable
+    @_eager()
     def _end(self, compiled: Compiled, values: Sequence[Tensor]) -> Any:
         """Store the new values of buffers, and rebuild the original's outputs."""
         state = self._autotp
@@ -363,9 +370,9 @@ def distribute(model: ParallelModule, compiled: Compiled) -> None:
 def carry_hooks(old: nn.Parameter, new: nn.Parameter) -> None:
     """Register the hooks of a parameter on its successor: they see the gradient as a DTensor."""
     for hook in (old._backward_hooks or {}).values():
-        new.register_hook(hook)
+        new.register_hook(hook)  # type: ignore[no-untyped-call]
     for hook in (getattr(old, "_post_accumulate_grad_hooks", None) or {}).values():
-        new.register_post_accumulate_grad_hook(hook)
+        new.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
 
 def new_state(grid: Grid, compile: Compile, outputs: str, mesh: DeviceMesh) -> State:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from autotp.errors import AutotpError, GridError, RuntimeStateError
@@ -27,7 +28,7 @@ def ensure_process_group(grid: Grid, device_type: str) -> None:
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
             dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
         elif grid.world_size == 1:
-            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
         else:
             raise RuntimeStateError(
                 f"grid {grid} needs {grid.world_size} ranks and this process was started alone",

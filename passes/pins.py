@@ -5,8 +5,8 @@
                                                             I, S(d), or S for any dim
 
 A pattern with wildcards pins ops where it wants a factor, R or P, parameters where it wants a type
-S, and both where it wants I. A pattern that matches nothing of its kind, an axis that the grid lacks
-and a choice that a matched op does not have are refused together, with the legal values.
+S, and both where it wants I. A pattern that matches nothing of its kind, an axis that the grid
+lacks and a choice that a matched op does not have are refused together, with the legal values.
 """
 
 from __future__ import annotations

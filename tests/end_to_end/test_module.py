@@ -45,7 +45,7 @@ def pair(make, grid, inputs, **options):
 
 def backward(model, inputs, call=None):
     model.zero_grad()
-    loss = loss_of((call or model)(**inputs))
+    loss = loss_of((model if call is None else call)(**inputs))
     loss.backward()
     return {"loss": loss.detach(), **gradients(model)}
 
