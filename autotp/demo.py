@@ -8,6 +8,7 @@ without context can do.
 
 from __future__ import annotations
 
+import logging
 import os
 import sysconfig
 from collections.abc import Sequence
@@ -70,9 +71,11 @@ def make_batch(corpus: torch.Tensor, step: int) -> torch.Tensor:
 def make_model() -> torch.nn.Module:
     """Return Hugging Face's GPT-2 over bytes, from its config, with random weights."""
     from transformers import GPT2Config, GPT2LMHeadModel
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # it warns of its own loss
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # of its own loss
+    # torch warns that the norm of gradients on a 2D mesh takes two all-reduces.
+    logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
     torch.manual_seed(SEED)
     config = GPT2Config(
         vocab_size=256,

@@ -2,14 +2,17 @@
 
 from autotp.passes.rules import (
     attention,
+    creation,
     einsum,
     index,
     loss,
     norm,
     pointwise,
     random,
+    recurrent,
     reduction,
     view,
+    window,
 )
 from autotp.passes.rules.sentence import Signature, parse
 from autotp.passes.rules.table import Call, Rule, Tensor, draws, find, rows, rule
@@ -20,6 +23,7 @@ __all__ = [
     "Signature",
     "Tensor",
     "attention",
+    "creation",
     "draws",
     "einsum",
     "find",
@@ -29,8 +33,10 @@ __all__ = [
     "parse",
     "pointwise",
     "random",
+    "recurrent",
     "reduction",
     "rows",
     "rule",
     "view",
+    "window",
 ]

@@ -11,9 +11,20 @@ aten = torch.ops.aten
 
 def addmm(call: Call) -> str:
     """The first operand is added once and broadcasts."""
+    return f"+{added(call, 't o')}, t i, i o -> t o"
+
+
+def baddbmm(call: Call) -> str:
+    """The first operand is added once and broadcasts."""
+    return f"+{added(call, 'z s t')}, z s i, z i t -> z s t"
+
+
+def added(call: Call, result: str) -> str:
+    """Return those of the result's dims that the first operand has, aligned at the right."""
     bias = call.operands[0]
     assert bias is not None
-    return f"+{'o' if len(bias.shape) == 1 else 't o'}, t i, i o -> t o"
+    names = result.split()
+    return " ".join(names[len(names) - len(bias.shape) :])
 
 
 def matmul(call: Call) -> str:
@@ -45,17 +56,30 @@ def conv(call: Call) -> str:
     return f"{b} i {x}, o i {k}, +o -> {b} o {y}"
 
 
+def conv_transpose(call: Call) -> str:
+    """As a convolution, with the kernel's channels exchanged."""
+    kernel = call.operands[1]
+    assert kernel is not None
+    left, right = conv(call).split(" -> ")
+    image, _kernel, bias = left.split(", ")
+    i, o = ("[c]", "[i]") if call.arg(6, 1) != 1 else ("i", "o")
+    space = " ".join(f"[k{d}]" for d in range(len(kernel.shape) - 2))
+    return f"{image}, {i} {o} {space}, {bias} -> {right}"
+
+
 def conv_flops(space: int) -> str:
     """One product per output element, input channel and kernel element."""
     return "b o i " + " ".join(f"k{i} y{i}" for i in range(space))
 
 
 rule(aten.addmm.default, addmm, linear="each")
-rule(aten.baddbmm.default, "+z s t, z s i, z i t -> z s t", linear="each")
+rule(aten.baddbmm.default, baddbmm, linear="each")
 rule(aten.bmm.default, "z s i, z i t -> z s t", linear="each")
 rule(aten.conv1d.default, conv, linear="each", flops=conv_flops(1))
 rule(aten.conv2d.default, conv, linear="each", flops=conv_flops(2))
 rule(aten.conv3d.default, conv, linear="each", flops=conv_flops(3))
+rule(aten.conv_transpose1d.default, conv_transpose, linear="each", flops="b i o x0 k0")
+rule(aten.conv_transpose2d.input, conv_transpose, linear="each", flops="b i o x0 x1 k0 k1")
 rule(aten.dot.default, "i, i -> ", linear="each")
 rule(aten.einsum.default, einsum, linear="each")
 rule(aten.linear.default, "... i, o i, +o -> ... o", linear="each")

@@ -1,11 +1,14 @@
-"""Rules of lookups: the indexed dim is whole, or split by a local program that masks."""
+"""Rules of lookups, writes and sorts: the dim that is looked up, written or sorted is whole.
+
+That of an embedding may be split: a local program masks.
+"""
 
 from __future__ import annotations
 
 import torch
 
 from autotp import local_programs
-from autotp.passes.rules.table import Call, letters, rule
+from autotp.passes.rules.table import Call, Tensor, letters, rule
 
 aten = torch.ops.aten
 
@@ -20,6 +23,125 @@ def lookup(call: Call) -> str:
     return f"v d, {dims} -> {dims} d"
 
 
+def gather(call: Call) -> str:
+    """The looked up dim is whole; of the others, those of equal size may split."""
+    left, index = alike(call, 2, "k")
+    return f"{left}, {index} -> {index}"
+
+
+def scatter(call: Call) -> str:
+    """The written dim is whole; of the others, those of equal size may split."""
+    left, *rest = alike(call, len(call.operands), "[k]")
+    return f"{', '.join([left, *rest])} -> {left}"
+
+
+def scatter_add(call: Call) -> str:
+    """As a scatter, but what is added may be split: it adds up."""
+    left, *rest = alike(call, 3, "k")
+    return f"+{', '.join([left, *rest])} -> {left}"
+
+
+def alike(call: Call, count: int, name: str) -> list[str]:
+    """Name the dims of `count` operands: equal ones alike, others whole, `name` the indices'."""
+    shapes = [t.shape for t in call.operands[:count] if t]
+    rows = [[f"[{letter}{d}]" for d in range(len(shapes[0]))] for letter in "xyz"[:count]]
+    for d in range(len(shapes[0])):
+        looked_up = d == call.arg(1) % len(shapes[0])
+        for row in rows[looked_up:]:
+            if len({shape[d] for shape in shapes[looked_up:]}) == 1:
+                row[d] = name if looked_up else f"a{d}"
+    return [" ".join(row) for row in rows]
+
+
+def select(call: Call) -> str:
+    """The looked up dim is whole, its indices may split."""
+    return f"{named(call, '[v]')}, k -> {named(call, 'k')}"
+
+
+def add(call: Call) -> str:
+    """The written dim is whole; what is added may be split: it adds up."""
+    return f"+{named(call, '[v]')}, k, {named(call, 'k')} -> {named(call, '[v]')}"
+
+
+def named(call: Call, name: str) -> str:
+    """Name the dims of the first operand, `name` the one at argument 1."""
+    assert call.operands[0] is not None
+    names = list(letters(len(call.operands[0].shape)))
+    names[call.arg(1)] = name
+    return " ".join(names)
+
+
+def index(call: Call) -> str:
+    """Indexed dims are whole; the others, and those of integer indices, may split."""
+    left, indices, right = indexed(call, "{}")
+    return f"{', '.join([left, *indices])} -> {' '.join(right)}"
+
+
+def put(call: Call) -> str:
+    """Indexed dims and those of indices are whole, the others may split; values broadcast."""
+    left, indices, right = indexed(call, "[{}]")
+    values = call.operands[-1]
+    assert values is not None
+    new = " ".join(right[len(right) - len(values.shape) :])
+    return f"{', '.join([left, *indices, new])} -> {left}"
+
+
+def indexed(call: Call, form: str) -> tuple[str, list[str], list[str]]:
+    """Name the dims of what is indexed, of every index and of what is found; masks are whole."""
+    assert call.operands[0] is not None
+    given, names = call.arg(1), letters(len(call.operands[0].shape))
+    looked_up: list[int] = []
+    taken = 0
+    for t in given:
+        count = len(t.shape) if is_mask(t) else 1
+        looked_up += range(taken, taken + count) if t else ()
+        taken += count
+    form = "[{}]" if any(map(is_mask, given)) else form
+    new = [form.format(f"i{k}") for k in range(max(index_rank(t) for t in given if t))]
+    rest = [n for d, n in enumerate(names) if d not in looked_up]
+    together = looked_up[-1] - looked_up[0] < len(looked_up)
+    at = looked_up[0] if together else 0
+    indices = [
+        " ".join(f"[m{k}_{d}]" for d in range(len(t.shape)))
+        if is_mask(t)
+        else " ".join(new[len(new) - len(t.shape) :] if t else ())
+        for k, t in enumerate(given)
+    ]
+    left = " ".join(f"[{n}]" if d in looked_up else n for d, n in enumerate(names))
+    return left, indices, [*rest[:at], *new, *rest[at:]]
+
+
+def is_mask(index: Tensor | None) -> bool:
+    """Say whether an index is a mask, which stands for as many indices as it has dims."""
+    return index is not None and index.dtype in (torch.bool, torch.uint8)
+
+
+def index_rank(index: Tensor) -> int:
+    """Return the number of dims that an index adds: a mask finds a list."""
+    return 1 if is_mask(index) else len(index.shape)
+
+
+def whole(call: Call) -> str:
+    """Every dim is whole."""
+    rows = [
+        " ".join(f"[x{k}_{d}]" for d in range(len(t.shape))) if t else ""
+        for k, t in enumerate((*call.operands, *call.results))
+    ]
+    count = len(call.operands)
+    return f"{', '.join(rows[:count])} -> {', '.join(rows[count:])}"
+
+
+def ordered(call: Call) -> str:
+    """The sorted dim is whole; what is kept of it may be shorter."""
+    dim = call.arg(2 if call.op is aten.topk.default else 1, -1)
+    assert call.operands[0] is not None
+    names = list(letters(len(call.operands[0].shape)))
+    left, right = list(names), list(names)
+    if names:
+        left[dim], right[dim] = "[v]", "[k]"
+    return f"{' '.join(left)} -> {' '.join(right)}, {' '.join(right)}"
+
+
 rule(
     aten.embedding.default,
     lookup,
@@ -27,3 +149,15 @@ rule(
     split={"v": "P"},
     program=local_programs.vocab_embedding,
 )
+rule(aten.embedding_bag.padding_idx, whole)
+rule(aten.gather.default, gather, linear=(0,), saves=(1,))
+rule(aten.histc.default, whole)
+rule(aten.index.Tensor, index, linear=(0,))
+rule(aten.index_add.default, add, linear=(0, 2), saves=(1,))
+rule(aten.index_put.default, put)
+rule(aten.index_select.default, select, linear=(0,), saves=(1,))
+rule(aten.scatter.src, scatter, linear=(0, 2), saves=(1,))
+rule(aten.scatter.value, scatter, saves=(1,))
+rule(aten.scatter_add.default, scatter_add, linear=(0, 2), saves=(1,))
+rule(aten.sort.default, ordered, saves=(-1,))
+rule(aten.topk.default, ordered, saves=(-1,))

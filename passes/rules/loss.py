@@ -9,7 +9,7 @@ from autotp.passes.rules.table import Call, rule, wide_bytes
 
 aten = torch.ops.aten
 
-MEAN, SUM = 1, 2
+NONE, MEAN = 0, 1
 
 
 def cross_entropy(call: Call) -> str:
@@ -40,15 +40,35 @@ def cross_entropy_traffic(call: Call, split: frozenset[str]) -> list[tuple[str, 
 
 
 def difference(call: Call) -> str:
-    """A pointwise loss, summed unless its reduction is none."""
-    return "..., ... -> " + ("..." if call.arg(2, MEAN) == 0 else "")
+    """A pointwise loss, summed unless its reduction is none; weights broadcast."""
+    left = ", ".join("..." for _ in call.operands)
+    return f"{left} -> {'...' if reduction(call) == NONE else ''}"
 
 
 def averaged(call: Call) -> bool:
     """Say whether the reduction of a pointwise loss is the mean."""
-    return bool(call.arg(2, MEAN) == MEAN)
+    return reduction(call) == MEAN
 
 
+def chosen(call: Call) -> str:
+    """Rows add up; a mean divides by the weights of all rows, so they are whole."""
+    scores, target = call.operands[:2]
+    assert scores is not None and target is not None
+    t = "[t]" if reduction(call) == MEAN else "t"
+    t = t if len(scores.shape) > 1 else ""
+    rest = " ".join(f"[x{k}]" for k in range(len(scores.shape) - 2))
+    out = f"{t} {rest}" if reduction(call) == NONE else ""
+    return f"{t} [v] {rest}, {t} {rest}, [v] -> {out}"
+
+
+def reduction(call: Call) -> int:
+    """Return ATen's number for the reduction of a loss."""
+    names = [argument.name for argument in call.op._schema.arguments]
+    return int(call.arg(names.index("reduction"), MEAN))
+
+
+rule(aten.binary_cross_entropy.default, difference, average=averaged)
+rule(aten.binary_cross_entropy_with_logits.default, difference, average=averaged)
 rule(
     aten.cross_entropy_loss.default,
     cross_entropy,
@@ -57,5 +77,9 @@ rule(
     program=local_programs.cross_entropy,
     traffic=cross_entropy_traffic,
 )
+rule(aten.huber_loss.default, difference, average=averaged)
+rule(aten.kl_div.default, difference, average=averaged)
 rule(aten.l1_loss.default, difference, average=averaged)
 rule(aten.mse_loss.default, difference, average=averaged)
+rule(aten.nll_loss_nd.default, chosen, linear=(0,))
+rule(aten.smooth_l1_loss.default, difference, average=averaged)

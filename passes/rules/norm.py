@@ -40,6 +40,16 @@ def batch_statistics(call: Call) -> str:
     return f"{x}{channel} -> {x}"
 
 
+def batch_statistics_made(call: Call) -> str:
+    """Channels may split; it makes statistics of the batch, if any, and new running ones."""
+    assert call.operands[0] is not None
+    rest = " ".join(f"[x{k}]" for k in range(len(call.operands[0].shape) - 2))
+    x = f"[n] c {rest}"
+    channel = ["c" for _ in call.operands[1:]]
+    made = ["c" if r.shape[0] else "[none]" for r in call.results[1:]]
+    return f"{', '.join([x, *channel])} -> {', '.join([x, *made])}"
+
+
 def groups(call: Call) -> str:
     """Batch may split; the channels of a group and its space are whole."""
     assert call.operands[0] is not None
@@ -86,6 +96,7 @@ RMS_NORM: dict[str, Any] = {
 }
 SOFTMAX: dict[str, Any] = {"split": {"d": "S"}, "traffic": softmax_traffic, "saves": (-1,)}
 
+rule(aten._native_batch_norm_legit_functional.default, batch_statistics_made, saves=(0,))
 rule(aten.batch_norm.default, batch_statistics, saves=(0,))
 rule(aten.group_norm.default, groups, saves=(0,))
 rule(aten.layer_norm.default, normalised, saves=(0,), **LAYER_NORM)

@@ -22,7 +22,8 @@ def gathered(call: Call) -> str:
 def _reduce(call: Call, form: str) -> str:
     assert call.operands[0] is not None
     names = list(letters(len(call.operands[0].shape)))
-    listed = call.arg(1, None) if len(call.op._schema.arguments) > 1 else None
+    arguments = [argument.name for argument in call.op._schema.arguments]
+    listed = call.arg(arguments.index("dim")) if "dim" in arguments else None
     listed = [listed] if isinstance(listed, int) else listed
     gone = {d % len(names) for d in listed} if isinstance(listed, list | tuple) and listed else None
     gone = set(range(len(names))) if gone is None else gone
@@ -49,10 +50,26 @@ def always(_call: Call) -> bool:
 rule(aten.amax.default, gathered)
 rule(aten.amin.default, gathered)
 rule(aten.argmax.default, gathered)
+rule(aten.argmin.default, gathered)
+rule(aten.cumprod.default, scan)
 rule(aten.cumsum.default, scan, linear="all", saves=())
+rule(aten.linalg_vector_norm.default, gathered)
+rule(aten.logsumexp.default, gathered)
+rule(aten.max.default, gathered)
 rule(aten.max.dim, gathered, saves=(-1,))
 rule(aten.mean.default, reduced, linear="all", saves=(), average=always)
 rule(aten.mean.dim, reduced, linear="all", saves=(), average=always)
+rule(aten.min.default, gathered)
+rule(aten.min.dim, gathered, saves=(-1,))
+rule(aten.norm.ScalarOpt_dim, gathered)
+rule(aten.prod.default, gathered)
+rule(aten.prod.dim_int, gathered)
+rule(aten.std.correction, gathered)
+rule(aten.std.default, gathered)
+rule(aten.std.dim, gathered)
 rule(aten.sum.default, reduced, linear="all", saves=())
 rule(aten.sum.dim_IntList, reduced, linear="all", saves=())
 rule(aten.var.correction, gathered)
+rule(aten.var.default, gathered)
+rule(aten.var.dim, gathered)
+rule(aten.var_mean.correction, gathered)

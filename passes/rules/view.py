@@ -106,6 +106,12 @@ def transpose(call: Call) -> str:
     return sentence(dims, out)
 
 
+def swap_last(call: Call) -> str:
+    """Exchange the last two dims."""
+    *dims, a, b = dims_of(call)
+    return sentence([*dims, a, b], [*dims, b, a])
+
+
 def reverse(call: Call) -> str:
     """Exchange all dims."""
     dims = dims_of(call)
@@ -291,6 +297,28 @@ def repeat_interleave(call: Call) -> Text:
     return sentence(dims, right), {"r": call.arg(1)}
 
 
+def diff(call: Call) -> str:
+    """The dim is whole, and what is put before or after it."""
+    dim = call.arg(2, -1) % len(shape_of(call))
+    left, right = whole_at(call, {dim}).split(" -> ")
+    ends = [left.replace(f"[{dims_of(call)[dim]}]", f"[{end}]") for end in ("p", "q")]
+    return ", ".join([left, *ends]) + f" -> {right}"
+
+
+def triangle(call: Call) -> str:
+    """The last two dims are whole."""
+    rank = len(shape_of(call))
+    names = bracket(dims_of(call), {rank - 2, rank - 1})
+    return sentence(names, names)
+
+
+def flip(call: Call) -> str:
+    """Flipped dims are whole."""
+    dims = dims_of(call)
+    names = bracket(dims, {d % len(dims) for d in call.arg(1)})
+    return sentence(names, names)
+
+
 def roll(call: Call) -> str:
     """Rolled dims are whole."""
     dims = dims_of(call)
@@ -316,7 +344,10 @@ rule(aten.chunk.default, split, **VIEW)
 rule(aten.clone.default, "... -> ...", **COPY)
 rule(aten.contiguous.default, "... -> ...", **COPY)
 rule(aten.detach.default, "... -> ...", **VIEW)
+rule(aten.diff.default, diff, **COPY)
 rule(aten.expand.default, expand, localize=result_shape_at(1), **VIEW)
+rule(aten.flip.default, flip, **COPY)
+rule(aten.mT.default, swap_last, **VIEW)
 rule(aten.numpy_T.default, reverse, **VIEW)
 rule(aten.pad.default, pad, saves=())
 rule(aten.permute.default, permute, **VIEW)
@@ -332,9 +363,12 @@ rule(aten.squeeze.default, squeeze, **VIEW)
 rule(aten.squeeze.dim, squeeze, **VIEW)
 rule(aten.squeeze.dims, squeeze, **VIEW)
 rule(aten.stack.default, stack, **COPY)
+rule(aten.swapaxes.default, transpose, **VIEW)
 rule(aten.t.default, reverse, **VIEW)
 rule(aten.to.dtype, "... -> ...", **COPY)
 rule(aten.transpose.int, transpose, **VIEW)
+rule(aten.tril.default, triangle, **COPY)
+rule(aten.triu.default, triangle, **COPY)
 rule(aten.type_as.default, like_other, saves=())
 rule(aten.unbind.int, unbind, **VIEW)
 rule(aten.unsqueeze.default, unsqueeze, **VIEW)

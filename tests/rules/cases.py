@@ -23,6 +23,10 @@ def positive(*shape):
     return torch.rand(shape, dtype=torch.float64).add(0.5).requires_grad_()
 
 
+def share(*shape):
+    return torch.rand(shape, dtype=torch.float64).mul(0.8).add(0.1).requires_grad_()
+
+
 def mask(*shape):
     out = torch.rand(*shape) > 0.3
     out[..., 0] = True
@@ -64,13 +68,25 @@ FAMILIES = {
             (x(12, 3, 5), x(6, 4, 5), x(6, 4, 5), {"enable_gqa": True}),
         ]
     ],
+    "creation": lambda: [
+        (aten.full_like.default, x(4, 6), 3.0),
+        (aten.new_full.default, x(4, 6), [2, 6], 3.0),
+        (aten.new_ones.default, x(4, 6), []),
+        (aten.new_ones.default, x(4, 6), [4, 6, 2], {"dtype": torch.bool}),
+        (aten.new_zeros.default, x(4, 6), [4, 8]),
+        (aten.new_zeros.default, x(), [4]),
+        (aten.ones_like.default, x(4, 6)),
+        (aten.zeros_like.default, x(4, 6), {"dtype": torch.int64}),
+    ],
     "einsum": lambda: [
         (aten.addmm.default, x(6), x(4, 8), x(8, 6)),
         (aten.addmm.default, x(4, 6), x(4, 8), x(8, 6), {"beta": 0.5, "alpha": 3}),
         (aten.addmm.default, x(4, 1), x(4, 8), x(8, 6)),
         (aten.addmm.default, x(1, 6), x(4, 8), x(8, 6)),
+        (aten.addmm.default, x(), x(4, 8), x(8, 6)),
         (aten.baddbmm.default, x(3, 4, 6), x(3, 4, 8), x(3, 8, 6)),
         (aten.baddbmm.default, x(1, 4, 6), x(3, 4, 8), x(3, 8, 6)),
+        (aten.baddbmm.default, x(6), x(3, 4, 8), x(3, 8, 6)),
         (aten.bmm.default, x(3, 4, 8), x(3, 8, 5)),
         (aten.conv1d.default, x(4, 6, 7), x(8, 6, 3), x(8), [1], [1]),
         (aten.conv1d.default, x(4, 6, 7), x(6, 1, 3), x(6), [1], [1], [1], 6),
@@ -79,6 +95,10 @@ FAMILIES = {
         (aten.conv2d.default, x(4, 3, 6, 6), x(6, 3, 2, 2)),
         (aten.conv2d.default, x(4, 6, 4, 4), x(6, 2, 2, 2), None, [1, 1], [0, 0], [1, 1], 3),
         (aten.conv3d.default, x(2, 3, 3, 3, 3), x(4, 3, 2, 2, 2), x(4)),
+        (aten.conv_transpose1d.default, x(4, 6, 5), x(6, 8, 3), x(8), [2]),
+        (aten.conv_transpose1d.default, x(4, 6, 5), x(6, 2, 3), x(4), [1], [0], [0], 2),
+        (aten.conv_transpose1d.default, x(6, 5), x(6, 8, 3)),
+        (aten.conv_transpose2d.input, x(4, 6, 3, 3), x(6, 8, 2, 2), x(8), [2, 2]),
         (aten.dot.default, x(7), x(7)),
         (aten.einsum.default, "bsi,oi->bso", [x(2, 3, 6), x(8, 6)]),
         (aten.einsum.default, "b n s d, b n t d -> b n s t", [x(2, 4, 3, 5), x(2, 4, 6, 5)]),
@@ -104,6 +124,35 @@ FAMILIES = {
         (aten.embedding.default, x(12, 6), ints(12, 3, 4)),
         (aten.embedding.default, x(11, 4), ints(11, 5), 3),
         (aten.embedding.default, x(12, 6), ints(12, 4, 6), -1, True),
+        (aten.embedding_bag.padding_idx, x(12, 6), ints(12, 8), BAGS, False, 0, *BAGGED),
+        (aten.embedding_bag.padding_idx, x(12, 6), ints(12, 8), BAGS, False, 1, *BAGGED),
+        (aten.gather.default, x(4, 6), 1, ints(6, 4, 8)),
+        (aten.gather.default, x(4, 6), 0, ints(4, 3, 6)),
+        (aten.gather.default, x(4, 6, 2), -1, ints(2, 4, 3, 5)),
+        (aten.histc.default, c(4, 6), 5),
+        (aten.index.Tensor, x(4, 6, 2), [ints(4, 8)]),
+        (aten.index.Tensor, x(4, 6, 2), [None, ints(6, 3, 1), ints(2, 4)]),
+        (aten.index.Tensor, x(4, 6, 2), [ints(4, 3, 4), None, ints(2, 4)]),
+        (aten.index.Tensor, x(4, 6, 2), [None, ints(6)]),
+        (aten.index.Tensor, x(4, 6, 2), [mask(4, 6)]),
+        (aten.index.Tensor, x(4, 6, 2), [None, mask(6)]),
+        (aten.index_add.default, x(4, 6), 0, ints(4, 8), x(8, 6)),
+        (aten.index_add.default, x(4, 6), -1, ints(6, 2), x(4, 2), {"alpha": 2}),
+        (aten.index_put.default, x(4, 6), [torch.tensor([2, 0])], x(2, 6)),
+        (aten.index_put.default, x(4, 6), [ints(4, 8)], x(6), True),
+        (aten.index_put.default, x(4, 6, 2), [None, ints(6, 3)], x(3, 1), True),
+        (aten.index_put.default, x(4, 6), [mask(4, 6)], x()),
+        (aten.index_select.default, x(4, 6), 1, ints(6, 8)),
+        (aten.scatter.src, x(4, 6), 1, torch.arange(6).flip(0).repeat(4, 1), x(4, 6)),
+        (aten.scatter.src, x(4, 6), 1, torch.arange(2).repeat(4, 1), c(4, 6)),
+        (aten.scatter.value, x(4, 6), 1, ints(6, 4, 2), 3.0),
+        (aten.scatter.value, x(4, 6), 0, ints(4, 3, 4), 3.0),
+        (aten.scatter_add.default, x(4, 6), 0, ints(4, 8, 6), x(8, 6)),
+        (aten.scatter_add.default, x(4, 6), 1, ints(6, 4, 2), c(4, 3)),
+        (aten.sort.default, x(4, 6)),
+        (aten.sort.default, x(4, 6), 0, True),
+        (aten.topk.default, x(4, 6), 2),
+        (aten.topk.default, x(4, 6), 3, 0),
     ],
     "loss": lambda: [
         (aten.cross_entropy_loss.default, x(6, 8), targets(8, 6)),
@@ -118,11 +167,28 @@ FAMILIES = {
         (aten.cross_entropy_loss.default, x(8), ints(8)),
         *(
             (loss, x(4, 6), x(4, 6), *reduction)
-            for loss in (aten.l1_loss.default, aten.mse_loss.default)
+            for loss in (
+                aten.huber_loss.default,
+                aten.kl_div.default,
+                aten.l1_loss.default,
+                aten.mse_loss.default,
+                aten.smooth_l1_loss.default,
+            )
             for reduction in ((), (0,), (2,))
         ),
+        (aten.nll_loss_nd.default, x(6, 8), targets(8, 6)),
+        (aten.nll_loss_nd.default, x(6, 8), targets(8, 6), c(8), 2),
+        (aten.nll_loss_nd.default, x(6, 8, 3), ints(8, 6, 3), None, 0),
+        (aten.nll_loss_nd.default, x(8), ints(8), None, 2),
+        (aten.binary_cross_entropy.default, share(4, 6), share(4, 6).detach()),
+        (aten.binary_cross_entropy.default, share(4, 6), share(4, 6).detach(), c(6), 2),
+        (aten.binary_cross_entropy_with_logits.default, x(4, 6), x(4, 6)),
+        (aten.binary_cross_entropy_with_logits.default, x(4, 6), x(4, 6), c(4, 1), c(6), 1),
+        (aten.binary_cross_entropy_with_logits.default, x(4, 6), x(4, 6), None, c(6), 2),
     ],
     "norm": lambda: [
+        (aten._native_batch_norm_legit_functional.default, *BATCHES, *STATISTICS, True, 0.1, 1e-5),
+        (aten._native_batch_norm_legit_functional.default, *BATCHES, *STATISTICS, False, 0.1, 1e-5),
         (aten.batch_norm.default, x(4, 6, 5), x(6), x(6), *STATISTICS, False, *EPS),
         (aten.batch_norm.default, x(4, 6, 5), x(6), x(6), *STATISTICS, True, *EPS),
         (aten.batch_norm.default, x(4, 6), None, None, *STATISTICS, False, *EPS),
@@ -154,6 +220,8 @@ FAMILIES = {
         (aten.exp.default, x(4, 6)),
         (aten.__and__.Tensor, mask(4, 6), mask(1, 6)),
         (aten.__or__.Tensor, mask(4, 6), mask(4, 1)),
+        (aten.floor_divide.default, c(4, 6), c(6)),
+        (aten.floor_divide.default, ints(9, 4, 6), 2),
         (aten.hardswish.default, x(4, 6)),
         (aten.mul.Scalar, x(4, 6), 3.0),
         (aten.mul.Tensor, x(2, 3, 4), x(3, 1)),
@@ -169,6 +237,8 @@ FAMILIES = {
         (aten.tanh.default, x(4, 6)),
         (aten.where.self, mask(4, 1), x(4, 6), x(6)),
         (aten.where.self, mask(4, 6), x(4, 6), x()),
+        (aten.where.ScalarOther, mask(4, 1), x(4, 6), 0.5),
+        (aten.where.ScalarSelf, mask(4, 6), 0.5, x(6)),
     ],
     "pointwise by tag": lambda: [
         *((op, x(4, 6)) for op in UNARY),
@@ -191,18 +261,37 @@ FAMILIES = {
         (aten.dropout.default, x(4, 6), 0.0, True),
         (aten.dropout.default, x(4, 6), 0.5, False),
     ],
+    "recurrent": lambda: [
+        (aten.gru.input, x(3, 4, 5), x(1, 4, 2), GRU, True, 1, 0.0, True, False, False),
+        (aten.gru.input, x(4, 3, 5), x(1, 4, 2), GRU, True, 1, 0.5, True, False, True),
+        (aten.lstm.input, x(4, 3, 5), STATES, LSTM, False, 1, 0.5, True, False, True),
+    ],
     "reduction": lambda: [
         (aten.amax.default, x(2, 3, 4), [-1], True),
         (aten.amax.default, x(4, 6)),
         (aten.amin.default, x(2, 3, 4), [0, 2]),
         (aten.argmax.default, x(4, 6), -1),
         (aten.argmax.default, x(4, 6)),
+        (aten.argmin.default, x(4, 6), 0, True),
+        (aten.cumprod.default, x(4, 6), 1),
         (aten.cumsum.default, x(4, 6), 1),
+        (aten.linalg_vector_norm.default, x(4, 6), 2, [-1], True),
+        (aten.linalg_vector_norm.default, x(4, 6)),
+        (aten.logsumexp.default, x(2, 3, 4), [-1, 0]),
+        (aten.max.default, x(4, 6)),
         (aten.max.dim, x(4, 6), 1, True),
         (aten.mean.default, x(4, 5)),
         (aten.mean.dim, x(2, 3, 8), [-1], True),
         (aten.mean.dim, x(4, 5, 6), [0, 1]),
         (aten.mean.dim, x(4, 7), [1]),
+        (aten.min.default, x(4, 6)),
+        (aten.min.dim, x(4, 6), 0),
+        (aten.norm.ScalarOpt_dim, x(4, 6), 2, [1]),
+        (aten.prod.default, x(4, 6)),
+        (aten.prod.dim_int, x(4, 6), 1),
+        (aten.std.correction, x(4, 6), [0]),
+        (aten.std.default, x(4, 6), False),
+        (aten.std.dim, x(4, 6), [-1], False, True),
         (aten.sum.default, x(4, 7)),
         (aten.sum.default, ints(9, 4, 6)),
         (aten.sum.dim_IntList, x(4, 6), [0]),
@@ -210,6 +299,9 @@ FAMILIES = {
         (aten.sum.dim_IntList, x(4, 6), None),
         (aten.var.correction, x(4, 6), [-1], {"correction": 0, "keepdim": True}),
         (aten.var.correction, x(4, 6)),
+        (aten.var.default, x(4, 6)),
+        (aten.var.dim, x(4, 6), [1]),
+        (aten.var_mean.correction, x(4, 6), [1], {"keepdim": True}),
     ],
     "view": lambda: [
         *((op, x(4, 6)) for op in COPIES),
@@ -223,6 +315,8 @@ FAMILIES = {
         (aten.chunk.default, x(4, 12), 3, -1),
         (aten.chunk.default, x(10, 4), 3),
         (aten.chunk.default, x(4, 8), 2, 1),
+        (aten.diff.default, x(4, 6)),
+        (aten.diff.default, x(4, 6), 2, 0, x(1, 6), x(2, 6)),
         (aten.expand.default, x(4, 1, 6), [4, 8, 6]),
         (aten.expand.default, x(6), [4, -1]),
         (aten.expand.default, x(2, 1, 3, 5), [2, 4, -1, -1]),
@@ -253,7 +347,12 @@ FAMILIES = {
         (aten.to.dtype, x(4, 6), torch.bool),
         (aten.to.dtype, mask(4, 6), torch.float64),
         (aten.to.dtype, ints(9, 4, 6), torch.float64),
+        (aten.flip.default, x(4, 6), [-1]),
+        (aten.mT.default, x(2, 3, 4)),
+        (aten.swapaxes.default, x(2, 3, 4), 0, -1),
         (aten.transpose.int, x(2, 3, 4), 1, -1),
+        (aten.tril.default, x(2, 4, 6), -1),
+        (aten.triu.default, x(2, 4, 6)),
         (aten.type_as.default, x(4, 6), c(6)),
         (aten.type_as.default, x(4, 6), c(3, 5).float()),
         (aten.unbind.int, x(3, 4, 6)),
@@ -261,8 +360,25 @@ FAMILIES = {
         (aten.unsqueeze.default, x(4, 6), -1),
         (aten.unsqueeze.default, x(4, 6), 0),
     ],
+    "window": lambda: [
+        (aten.adaptive_avg_pool1d.default, x(4, 6, 8), [2]),
+        (aten.adaptive_avg_pool2d.default, x(4, 6, 4, 4), [1, 2]),
+        (aten.avg_pool1d.default, x(4, 6, 8), [2]),
+        (aten.avg_pool2d.default, x(4, 6, 4, 4), [2, 2], [1, 1], [1, 1]),
+        (aten.max_pool1d.default, x(4, 6, 8), [3], [1], [1]),
+        (aten.max_pool2d.default, x(4, 6, 4, 4), [2, 2]),
+        (aten.max_pool2d.default, x(6, 4, 4), [2, 2], [1, 1]),
+        (aten.upsample_bilinear2d.vec, x(4, 6, 2, 3), [4, 6], False, None),
+        (aten.upsample_nearest2d.vec, x(4, 6, 2, 3), None, [2.0, 2.0]),
+    ],
 }  # fmt: skip
 
+BAGS = torch.tensor([0, 3, 4])
+BAGGED = [False, None, False, None]
+BATCHES = [x(4, 6, 5), x(6), x(6)]
+GRU = [x(6, 5), x(6, 2), x(6), x(6)]
+LSTM = [x(8, 5), x(8, 2)]
+STATES = [x(1, 4, 2), x(1, 4, 2)]
 STATISTICS = [c(6), positive(6).detach()]
 EPS = [0.1, 1e-5, False]
 COPIES = [
