@@ -47,8 +47,12 @@ def always(_call: Call) -> bool:
     return True
 
 
+rule(aten.all.default, gathered)
+rule(aten.all.dim, gathered)
 rule(aten.amax.default, gathered)
 rule(aten.amin.default, gathered)
+rule(aten.any.default, gathered)
+rule(aten.any.dim, gathered)
 rule(aten.argmax.default, gathered)
 rule(aten.argmin.default, gathered)
 rule(aten.cumprod.default, scan)
