@@ -67,7 +67,8 @@ class Subject:
 
     backward   the gradients that are sent back from the outputs
     jitter     how far each tensor moves when parameters and inputs are rounded anew
-    captured   how far the captured graph is from the original, where that stands between
+    captured   how far the captured graph is from the original: where dropout makes it stand
+               between, or where it is off
     """
 
     model: str
@@ -93,7 +94,6 @@ def prepare(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     if any(t.is_meta for t in members.values()):
         raise AutotpError("a check needs weights", remedy="build the model off the meta device")
     state = {name: t.detach().clone() for name, t in members.items()}
-    captured: tuple[Difference, ...] = ()
     with torch.random.fork_rng(_devices(state)), torch.enable_grad():
         program = capture(model, args, kwargs, train=model.training)
         with warnings.catch_warnings(action="ignore"):
@@ -102,14 +102,17 @@ def prepare(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         inputs = tuple(program.flatten_inputs(args, kwargs))
         reference, backward = original_step(model, program, args, kwargs)
         dropout = len(active_dropout(program))
+        whole = captured_step(program, state, inputs, backward)
+        captured = tuple(between_steps(program, reference, whole))
         if dropout:
-            drawn = captured_step(program, state, inputs, backward)
-            captured = tuple(between_steps(program, reference, drawn))
             turn_off(program)
-            reference = captured_step(program, state, inputs, backward)
+            reference = whole = captured_step(program, state, inputs, backward)
         nudged, nudged_inputs = nudge(state, inputs, rounding.eps)
         moved = captured_step(program, nudged, nudged_inputs, backward)
-        jitter = {(d.kind, d.name): d.error for d in between_steps(program, reference, moved)}
+        jitter = {(d.kind, d.name): d.error for d in between_steps(program, whole, moved)}
+        captured = tuple(replace(d, jitter=jitter[d.kind, d.name]) for d in captured)
+        if not dropout:  # the ranks stand beside the original themselves
+            captured = tuple(d for d in captured if d.relative(rounding) > rounding.value)
     return Subject(
         model=type(model).__name__,
         program=program,
@@ -121,9 +124,7 @@ def prepare(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         backward=backward,
         tolerance=rounding,
         jitter=jitter,
-        captured=tuple(
-            replace(d, kind=f"captured {d.kind}", jitter=jitter[d.kind, d.name]) for d in captured
-        ),
+        captured=tuple(replace(d, kind=f"captured {d.kind}") for d in captured),
         notes=tuple(_notes(program, network, dropout, rounding)),
     )
 

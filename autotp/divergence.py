@@ -110,7 +110,7 @@ def record_original(
 def forward_divergence(runs: _Runs) -> Divergence | None:
     """Return the first node in graph order whose value is off, or that did not run everywhere."""
     for node in runs.graph.nodes:
-        if "value" not in node.meta:
+        if node.meta.get("value") not in runs.original:  # a result that nothing reads
             continue
         pieces = [runs.ranks.get(r, {}).get(node.name) for r in range(runs.grid.world_size)]
         value = node.meta["value"]
@@ -128,7 +128,7 @@ def backward_divergence(runs: _Runs) -> Divergence | None:
     """
     made: dict[str, fx.Node] = {}
     for node in runs.graph.nodes:
-        if "value" in node.meta:
+        if node.meta.get("value") in runs.original:
             made.setdefault(node.meta["value"], node)
     for value, node in reversed(made.items()):
         expected = runs.original[value]

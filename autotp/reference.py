@@ -106,9 +106,10 @@ def _step(
         for name, t in (*params.items(), *inputs.items())
         if t.requires_grad
     }
+    returned = tuple(o.detach().clone() for o in outputs)  # a parameter too is as it was
     sgd_step(list(params.values()), LEARNING_RATE)
     return Step(
-        outputs=tuple(o.detach() for o in outputs),
+        outputs=returned,
         buffers={name: b.detach().clone() for name, b in buffers.items()},
         gradients=grads,
         params={name: p.detach() for name, p in params.items()},
@@ -123,8 +124,9 @@ def nudge(
     moved: dict[int, Tensor] = {}
     for t in (*state.values(), *inputs):
         up = torch.rand(t.shape, generator=generator).to(t.device) < 0.5
-        share = torch.where(up, eps, -eps).to(t.dtype) if t.is_floating_point() else 0
-        moved[id(t)] = (t.detach() + t.detach() * share).requires_grad_(t.requires_grad)
+        scale = 1 + torch.where(up, eps, -eps).to(t.dtype)
+        value = t.detach() * scale if t.is_floating_point() else t.detach().clone()
+        moved[id(t)] = value.requires_grad_(t.requires_grad)
     return {name: moved[id(t)] for name, t in state.items()}, [moved[id(t)] for t in inputs]
 
 

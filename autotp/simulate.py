@@ -79,6 +79,7 @@ def run_grid(
         run_backward(outputs, backward and _local_gradients(plan, backward, coords))
         grads = {name: p.grad for name, p in params.items() if p.requires_grad}
         grads |= {n: x.grad for n, x in zip(program.inputs, own, strict=True) if x.requires_grad}
+        outputs = [o.detach().clone() if lr else o for o in outputs]  # before parameters change
         sgd_step(params.values(), lr)
         sent = {(k, a.name): n for a in axes.values() for k, n in a.sent.items() if n}
         return RankRun(tuple(outputs), grads, params, sent, module)

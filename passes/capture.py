@@ -26,6 +26,7 @@ from autotp.errors import CaptureError
 from autotp.passes.export import (
     distinct_tensors,
     export,
+    refuse_shared_memory,
     training_flag,
     warn_of_checkpointing,
     without_cache,
@@ -67,6 +68,7 @@ def capture(
 
     Raises: CaptureError, with the line of the model that cannot be captured.
     """
+    refuse_shared_memory(model)
     warn_of_checkpointing(model, train)
     args, kwargs = distinct_tensors(tuple(args), dict(kwargs))
     with training_flag(model, train), without_cache(model) as cache_off:
@@ -299,7 +301,7 @@ def refuse_leftovers(graph: fx.Graph) -> None:
         raise CaptureError(
             "the model computes what a plan cannot hold",
             at=problems,
-            remedy="make Python independent of tensors' values; avoid torch.cond and .item()",
+            remedy="make Python independent of tensors' values; avoid torch.cond, .item(), x[mask]",
         )
 
 
@@ -311,6 +313,10 @@ def leftover(node: fx.Node) -> str | None:
         return f"{node.target}, a control-flow region"
     if isinstance(value_of(node), torch.SymInt | torch.SymFloat | torch.SymBool):
         return f"{node.target}: a Python number that depends on a tensor's values"
+    if any(isinstance(n, torch.SymInt) for n in getattr(value_of(node), "shape", ())):
+        return f"{node.target}: a shape that depends on a tensor's values"
+    if not isinstance(node.target, OpOverload | str) and op_name(node) != "getitem":
+        return f"{op_name(node)}: what torch.vmap or the like leaves behind"
     assert not is_mutable(node), node
     return None
 

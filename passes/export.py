@@ -1,12 +1,14 @@
 """Run torch.export on an unmodified model and leave the model as it was.
 
 `export` refuses by name what torch.export would drop in silence: the backward of custom autograd
-functions, and no_grad within autocast. Its failures are one line with the user's own file and line.
+functions, gradient hooks within a forward, and no_grad within autocast. Its failures are one line
+with the user's own file and line.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 import traceback
 import warnings
@@ -16,6 +18,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -40,6 +43,34 @@ def warn_of_checkpointing(model: nn.Module, train: bool) -> None:
 def asks_for_checkpointing(module: nn.Module) -> bool:
     """Say whether gradient checkpointing is on in `module`."""
     return getattr(module, "gradient_checkpointing", False) is True
+
+
+def refuse_shared_memory(model: nn.Module) -> None:
+    """Refuse parameters that are one memory but not one object: sharding would untie them.
+
+    Raises: CaptureError.
+    """
+    members = {id(t): (name, t) for name, t in (*model.named_buffers(), *model.named_parameters())}
+    spans = sorted((*span(t), name, t.requires_grad) for name, t in members.values() if t.numel())
+    at = [
+        (name, f"begins within {earlier}")
+        for (_, end, earlier, trained), (start, _, name, too) in itertools.pairwise(spans)
+        if 0 < start < end and (trained or too)
+    ]
+    if at:
+        raise CaptureError(
+            "parameters share memory with other tensors of the model",
+            at=at,
+            remedy="tie them by assigning the same nn.Parameter, or clone one",
+        )
+
+
+def span(t: Tensor) -> tuple[int, int]:
+    """Return where the memory of a tensor's elements begins and ends; zeros if it has none."""
+    memory, first = t.untyped_storage().data_ptr(), int(t.storage_offset())
+    last = first + sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True))
+    size = t.element_size()
+    return (memory + first * size, memory + (last + 1) * size) if memory else (0, 0)
 
 
 def distinct_tensors(args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -99,7 +130,9 @@ def export(model: nn.Module, args: Any, kwargs: Any) -> ExportedProgram:
             stack.enter_context(
                 mock.patch.object(torch.autograd.Function, "apply", classmethod(refuse_function))
             )
+            stack.enter_context(mock.patch.object(Tensor, "register_hook", refuse_hook))
             stack.enter_context(watched_regions())
+            stack.enter_context(kept_attributes(model))
             return torch.export.export(model, args, kwargs, strict=False)
     except CaptureError:
         raise
@@ -125,6 +158,37 @@ def refuse_function(function: type[Any], *args: Any, **kwargs: Any) -> NoReturn:
         at=[(current_line(), f"{function.__module__}.{function.__qualname__}")],
         remedy="write its forward in differentiable ops, or make it a torch.library custom op",
     )
+
+
+def refuse_hook(*_args: Any) -> NoReturn:
+    """Refuse a gradient hook on an activation, which torch.export drops."""
+    raise CaptureError(
+        "a gradient hook is registered in the forward: it would be lost",
+        at=[(current_line(), "register_hook")],
+        remedy="register hooks on parameters, outside of the forward",
+    )
+
+
+@contextlib.contextmanager
+def kept_attributes(model: nn.Module) -> Iterator[None]:
+    """Take back the fake tensors that a traced forward has stored in attributes of modules."""
+    before = [(path, m, dict(vars(m))) for path, m in model.named_modules()]
+    try:
+        yield
+    finally:
+        lost = []
+        for path, module, old in before:
+            now = vars(module)
+            for name in [n for n, value in now.items() if value is not old.get(n)]:
+                if any(isinstance(leaf, FakeTensor) for leaf in pytree.tree_leaves(now[name])):
+                    lost.append(f"{path}.{name}".lstrip("."))
+                    del now[name]
+                    now.update({name: old[name]} if name in old else {})
+        if lost:
+            warnings.warn(
+                f"the forward stores tensors in {', '.join(lost)}: a parallel model does not",
+                stacklevel=2,
+            )
 
 
 class GradWatch(TorchFunctionMode):

@@ -5,11 +5,14 @@ import dataclasses
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import autotp
 from autotp import collectives, simulate
+from autotp.check import compare
 from autotp.cost_model.cluster import bandwidth_bound
 from autotp.errors import AutotpError, PlanError
+from autotp.passes.capture import capture
 from autotp.passes.rules import table
 from tests.models import bert, gpt2, mlp, nanogpt
 
@@ -181,6 +184,47 @@ def test_a_damaged_rule_is_named(monkeypatch):
     report = checked(mlp(), (1, 4), pins={"mse_loss": {"col": ".0"}})
     assert not report.ok and report.problems == ()  # the type check reads the same rule
     assert report.first.op == "mse_loss.default"
+
+
+def test_a_graph_that_is_not_the_model_is_found(monkeypatch):
+    def wrong(*args, **options):
+        program = capture(*args, **options)
+        node = next(n for n in program.graph.nodes if n.target is ATEN.gelu.default)
+        node.target = ATEN.relu.default
+        node.kwargs = {}
+        program.graph_module.recompile()
+        return program
+
+    monkeypatch.setitem(compare.__globals__, "capture", wrong)
+    report = checked(mlp())
+    assert not report.ok and any(d.kind == "captured loss" for d in report.worst(99))
+
+
+def test_an_unread_result_does_not_hide_a_fault(monkeypatch):
+    class Split(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(6, 12)
+
+        def forward(self, x):
+            return F.gelu(self.fc(x).chunk(2, -1)[0]).sum()
+
+    names = plant(monkeypatch, calls(ATEN.gelu.default), call_instead(ATEN.relu.default))
+    report = checked((Split(), (torch.randn(4, 6),)))
+    assert not report.ok and report.first.node == names[0]
+
+
+def test_bool_inputs_and_infinite_buffers_are_nudged_in_type():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(6, 6)
+            self.register_buffer("mask", torch.full((6,), -torch.inf))
+
+        def forward(self, x, keep):
+            return self.fc(x).masked_fill(~keep, 0).softmax(-1).sum() + self.mask.exp().sum()
+
+    assert checked((Masked(), (torch.randn(4, 6), torch.rand(4, 6) > 0.5))).ok
 
 
 def test_a_rank_that_raises_is_a_finding(monkeypatch):
