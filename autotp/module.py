@@ -346,14 +346,12 @@ def distribute(model: ParallelModule, compiled: Compiled) -> None:
         weights = {name: checksum(value) for name, value in model.state_dict().items()}
         remedy = "call torch.manual_seed before the model is built, or load one checkpoint"
         refuse_disagreement("weights", weights, remedy)
+    # Kept whole while they are replaced: ties are known by identity, a module by several paths.
+    originals = {fqn: module._parameters.get(name) for fqn, (module, name) in owners.items()}
     made: dict[int, nn.Parameter] = {}
-    layouts = {
-        id(module._parameters[name]): compiled.plan.params[fqn].layout
-        for fqn, (module, name) in owners.items()
-        if fqn in compiled.plan.params
-    }
+    layouts = {id(originals[fqn]): r.layout for fqn, r in compiled.plan.params.items()}
     for fqn, (module, name) in owners.items():
-        old = module._parameters.get(name)
+        old = originals[fqn]
         if old is None:
             continue
         layout = state.layouts[fqn] = layouts[id(old)]

@@ -73,6 +73,29 @@ def test_names_ties_buffers_and_attributes_stay(grid):
     assert_near(backward(ours, inputs), backward(one, inputs))
 
 
+class Twice(nn.Module):
+    """One layer under two paths, as in ALBERT."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.Linear(8, 8)
+        self.layers = nn.ModuleList([layer, layer])
+
+    def forward(self, x, target):
+        for layer in self.layers:
+            x = layer(x).tanh()
+        return nn.functional.mse_loss(x, target)
+
+
+@on_ranks((1, 2), (2, 2))
+def test_a_layer_under_two_paths_stays_one(grid):
+    inputs = batch()
+    one, ours = pair(Twice, grid, inputs)
+    assert_near(backward(ours, inputs), backward(one, inputs))
+    assert ours.layers[0].weight is ours.layers[1].weight
+    assert set(autotp.full_state_dict(ours)) == set(one.state_dict())
+
+
 @on_ranks((1, 2), (2, 2))
 def test_buffers_follow_and_frozen_parameters_stay(grid):
     inputs = batch()
