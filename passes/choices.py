@@ -208,19 +208,18 @@ def _row_ways(
 
 def _split(op: Op, typing: Typing, ways: dict[str, Way], name: str) -> AxisChoice | None:
     sig = op.signature
-    operands = [_split_type(dims, ways, sig) for dims in sig.operands]
-    results = [_split_type(dims, ways, sig) for dims in sig.results]
-    if any(t is P for t in (*operands, *results)):
+    held = [_shards(dims, ways, sig) for dims in (*sig.operands, *sig.results)]
+    if any(len(shards) > 1 for shards in held):
         return None  # the factor stands twice in one tensor
+    types = [shards[0] if shards else None for shards in held]
+    operands, results = types[: len(sig.operands)], types[len(sig.operands) :]
     inside_row = len(ways) > 1
     plain = not inside_row and all(w.is_atom for w in ways.values())
     summed = all(sig.summed(f) for f in ways)
-    missing = P
-    for factor in ways:
-        if summed and factor in op.rule.split:
-            missing = {"P": P, "I": I}[op.rule.split[factor]]
-    if summed and factor_is_nonlinear(op, sig, ways):
-        return None
+    programs = {op.rule.split[f] for f in ways if f in op.rule.split} if summed else set()
+    if "S" in programs:
+        return None  # the program's result has the factor: it cannot be summed away
+    missing = I if "I" in programs else P
     return AxisChoice(
         name=name,
         operands=tuple(
@@ -233,15 +232,10 @@ def _split(op: Op, typing: Typing, ways: dict[str, Way], name: str) -> AxisChoic
     )
 
 
-def factor_is_nonlinear(op: Op, sig: Signature, ways: dict[str, Way]) -> bool:
-    """A program's factor with a natural result cannot be summed away."""
-    return any(op.rule.split.get(f) == "S" for f in ways) and all(sig.summed(f) for f in ways)
-
-
-def _split_type(dims: Sequence[Dim], ways: dict[str, Way], sig: Signature) -> AxisType | None:
-    """Return the shard of the dim that holds the factors, None if none does, P if two do."""
-    found = [shard(d, parts) for d, dim in enumerate(dims) if (parts := _dim_parts(dim, ways, sig))]
-    return P if len(found) > 1 else found[0] if found else None
+def _shards(dims: Sequence[Dim], ways: dict[str, Way], sig: Signature) -> list[Shard]:
+    """Return the shard of every dim of a tensor that holds the factors."""
+    found = [(d, _dim_parts(dim, ways, sig)) for d, dim in enumerate(dims)]
+    return [shard(d, parts) for d, parts in found if parts]
 
 
 def _dim_parts(dim: Dim, ways: dict[str, Way], sig: Signature) -> tuple[int, ...]:

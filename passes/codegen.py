@@ -23,8 +23,6 @@ from autotp.layouts import (
     AxisType,
     I,
     Layout,
-    P,
-    R,
     Shard,
     dim_parts,
     is_even,
@@ -32,7 +30,7 @@ from autotp.layouts import (
     local_shape,
     local_size,
 )
-from autotp.passes.network import Network, Op, is_getitem, output_args, tensor_slots, value_name
+from autotp.passes.network import Network, Op, is_getitem, output_args, value_name
 from autotp.passes.program import Program
 from autotp.passes.rules import Call, Tensor, draws
 from autotp.plan import Decision, Plan, PlannedMove
@@ -391,6 +389,3 @@ def program_nodes(module: fx.GraphModule) -> Iterator[fx.Node]:
     for node in module.graph.nodes:
         if node.op == "call_function" and node.target is not operator.getitem:
             yield node
-
-
-__all__ = ["TARGETS", "P", "R", "emit", "program_nodes", "substitute", "tensor_slots"]
