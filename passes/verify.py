@@ -7,8 +7,6 @@ makes. The check reads the graph, not the plan.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from torch import fx
 
 from autotp.errors import LayoutError
@@ -85,8 +83,3 @@ def _move_problems(node: fx.Node, network: Network, grid: Grid) -> list[tuple[st
     if node.args[1].name != grid.names[axis]:  # type: ignore[union-attr]
         return [(node.name, f"{text} is a move of axis {grid.names[axis]}")]
     return []
-
-
-def layouts_of(module: fx.GraphModule) -> Mapping[str, Layout]:
-    """Return the layout of every node that holds a tensor."""
-    return {n.name: n.meta["layout"] for n in module.graph.nodes if "layout" in n.meta}
