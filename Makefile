@@ -10,7 +10,7 @@ TYPES  := build/types# the three folders as mypy must see them, under one import
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE  ?= 1
 
-.PHONY: setup demo test test-all bench lint format clean
+.PHONY: setup demo test test-all models bench lint format clean
 
 setup: $(STAMP)
 
@@ -29,6 +29,9 @@ test: setup
 
 test-all: setup
 	$(BIN)/python -m pytest
+
+models: setup
+	$(BIN)/python -m tests.zoo.table
 
 bench: setup
 	@set -e; for script in benchmarks/[a-z]*.py; do \

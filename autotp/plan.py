@@ -22,6 +22,7 @@ from autotp.layouts import Layout, Shape
 if TYPE_CHECKING:
     from sympy import Expr, Symbol
 
+    from autotp.coverage import Coverage
     from autotp.report import Explanation
 
 
@@ -36,6 +37,7 @@ class Decision:
     reads     the values it reads, `makes` those that it makes, by graph name
     shapes    the whole shapes of its results; `dims` their dims by name; `dtype` of the first
     free      says that it only renames what it reads, as views do
+    flops     of its products on whole tensors, forward
     """
 
     name: str
@@ -54,6 +56,7 @@ class Decision:
     axes: tuple[str, ...]
     where: str = ""
     free: bool = False
+    flops: int = 0
 
     @property
     def factors(self) -> dict[str, str]:
@@ -212,6 +215,12 @@ class Plan:
         from autotp.report import explain
 
         return explain(self, name)
+
+    def coverage(self) -> Coverage:
+        """Return how much of the compute and of the parameters is split, and what runs whole."""
+        from autotp.coverage import coverage
+
+        return coverage(self)
 
     def formula(self, unit: str = "elements") -> Expr:
         """Return what a rank sends for one repeated layer, forward and backward, in symbols.

@@ -13,7 +13,7 @@ from autotp.grid import Grid
 from autotp.layouts import layout_text, parse_layout
 from autotp.plan import Decision, Memory, Plan, PlannedMove, Resting
 
-VERSION = 1
+VERSION = 2
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
@@ -66,6 +66,7 @@ def _decision_data(d: Decision) -> dict[str, Any]:
         "memory_bytes": d.memory_bytes,
         "where": d.where,
         "free": d.free,
+        "flops": d.flops,
     }
 
 
@@ -138,6 +139,7 @@ def _read_decision(d: Mapping[str, Any], axes: tuple[str, ...]) -> Decision:
         axes=axes,
         where=d["where"],
         free=d["free"],
+        flops=d["flops"],
     )
 
 

@@ -76,6 +76,7 @@ def _totals(plan: Plan) -> list[str]:
         ("sent", _sent_text(plan)),
         ("layer", _layer_text(plan)),
         ("memory", _memory_text(plan)),
+        ("split", str(plan.coverage()) if plan.grid.world_size > 1 else ""),
         ("unruled", ", ".join(f"{op} x {n}, run whole" for op, n in plan.unruled)),
     ]
     return ["one step, per rank", *(f"  {name:<8} {text}" for name, text in rows if text)]

@@ -34,7 +34,7 @@ from autotp.passes.pins import (
     irreducible,
     refuse_misfits,
 )
-from autotp.passes.pricing import RESULT, Table, saved_positions, typing_of
+from autotp.passes.pricing import RESULT, Table, saved_positions, typing_of, whole_flops
 from autotp.passes.problem import Problem
 from autotp.passes.program import Program
 from autotp.passes.schedule import needs_of, schedule
@@ -225,6 +225,7 @@ def _decision(
         axes=grid.names,
         where=program.where.get(op.name, ""),
         free=op.rule.free,
+        flops=whole_flops(op),
     )
 
 

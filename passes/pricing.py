@@ -133,7 +133,16 @@ def local_flops(op: Op, s: Strategy, grid: Grid) -> int:
     local = {
         f: -(-n // math.prod(grid.sizes[a] for a in s.split_axes(f))) for f, n in sizes.items()
     }
-    return 2 * sum(math.prod(local.get(f, 1) for f in term) for term in products(op))
+    return _flops(op, local)
+
+
+def whole_flops(op: Op) -> int:
+    """Return the forward flops of an op on whole tensors."""
+    return _flops(op, op.signature.sizes)
+
+
+def _flops(op: Op, sizes: Mapping[str, int]) -> int:
+    return 2 * sum(math.prod(sizes.get(f, 1) for f in term) for term in products(op))
 
 
 def products(op: Op) -> list[list[str]]:

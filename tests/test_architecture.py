@@ -9,7 +9,16 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = {"autotp": "autotp", "passes": "autotp.passes", "cost_model": "autotp.cost_model"}
 
 WORDS = {"errors", "grid", "layouts", "progress"}
-PLANS = {"formula", "notation", "plan", "plan_file", "program_text", "repeats", "report"}
+PLANS = {
+    "coverage",
+    "formula",
+    "notation",
+    "plan",
+    "plan_file",
+    "program_text",
+    "repeats",
+    "report",
+}
 RUNTIME = {"axis", "collectives", "local_programs", "randomness", "ranks"}
 
 # Each layer may import itself and those before it.

@@ -1,0 +1,31 @@
+"""The zoo: every family's models by name, each with the inputs of one training step.
+
+A family is a file of this folder with MODELS, as in `tests/models.py`, and SAMPLE: the names of
+those that run in every `make test`.
+"""
+
+import torch
+
+from tests import models as basic
+
+FAMILIES = (basic,)
+
+MODELS = {name: build for family in FAMILIES for name, build in family.MODELS.items()}
+SAMPLE = tuple(name for family in FAMILIES for name in getattr(family, "SAMPLE", ()))
+
+assert len(MODELS) == sum(len(family.MODELS) for family in FAMILIES), "two models of one name"
+
+
+def build(name, *, double=False, seed=0):
+    """Return the model called `name`, in float64 if asked, with its inputs."""
+    torch.manual_seed(seed)
+    model, inputs = MODELS[name]()
+    if double:
+        model = model.double()
+        inputs = {k: as_double(v) for k, v in inputs.items()}
+    return model, inputs
+
+
+def as_double(value):
+    is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return value.double() if is_float else value
