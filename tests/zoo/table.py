@@ -21,7 +21,7 @@ every gradient, one optimizer step and the updated buffers, in training and in e
 grids (2,2), (1,4), (4,1) and (2,3). Written by `make models`; `make test-all` holds it.
 
 The shares are those of the best training plan on (2,2) where links are nearly free and chips slow:
-what the compiler is able to split. "No rule" are ops that run whole, on the path of gradients, since
+what the compiler is able to split. "No rule" are ops that run whole, on the path of gradients, as
 the table has no rule for them; "whole" are all that run whole and take 1% of the step or more.
 
 | model | verdict | flops split | parameters split | no rule | whole |
