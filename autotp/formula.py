@@ -183,7 +183,11 @@ def _buffer(symbols: _Symbols, m: PlannedMove, value: _Value) -> Expr:
 def _internal(
     symbols: _Symbols, d: Decision, axis: str, kind: str, sent: Fraction, unit: str
 ) -> tuple[str, Expr, Expr]:
-    """Return what a local program sends: a multiple of the dims that its statistics keep."""
+    """Return what a local program sends: a multiple of the dims that its statistics keep.
+
+    A ring's p - 1 permutes of a p-th are written as an all-to-all of the whole.
+    """
+    kind = "all_to_all" if kind == "permute" else kind
     itemsize = ITEMSIZE.get(d.dtype, 1)
     ranks = symbols.plan.grid.sizes[symbols.plan.grid.axis(axis)]
     elements = sent * ranks / (ranks - 1) / ROUNDS[kind] / itemsize

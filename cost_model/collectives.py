@@ -1,10 +1,12 @@
 """Collectives: what each sends, and how long it takes.
 
 `size_bytes` is always N, the whole buffer of one rank's call: what an all-gather leaves on every
-rank, what an all-reduce or a reduce-scatter reduces, what each rank of an all-to-all gives away.
+rank, what an all-reduce or a reduce-scatter reduces, what each rank of an all-to-all or of a
+permute gives away.
 With n ranks, a seconds of latency per step and w bytes per second sent:
 
-    sent_bytes      (n-1)/n N for all_gather, reduce_scatter and all_to_all; twice that, all_reduce
+    sent_bytes      (n-1)/n N for all_gather, reduce_scatter and all_to_all; twice that, all_reduce;
+                    N for a permute, in which each rank sends all it has to one other
     collective_s    call + steps a + sent / w, steps and sum by the backend's algorithm
     ALGORITHMS      which algorithm a backend runs for a kind
 """
@@ -38,8 +40,10 @@ def sent_bytes(kind: str, size_bytes: int, ranks: int) -> Fraction:
     >>> print(*(sent_bytes(kind, 12, 4) for kind in ("all_gather", "all_reduce", "pad")))
     9 18 0
     """
-    if kind in FREE:
+    if kind in FREE or ranks == 1:
         return Fraction(0)
+    if kind == "permute":
+        return Fraction(size_bytes)
     return Fraction(ROUNDS[kind] * size_bytes * (ranks - 1), ranks)
 
 
@@ -110,6 +114,12 @@ def all_to_all_reduce_scatter(size_bytes: Amount, ranks: int, link: Link) -> Amo
     return _steps_s("reduce_scatter", size_bytes, ranks, link) + size_bytes / link.sum_bytes_per_s
 
 
+def one_step(size_bytes: Amount, ranks: int, link: Link) -> Amount:
+    """Send the whole buffer to one other rank while that of another comes in."""
+    rate = link.rate("permute")
+    return size_bytes / rate.bandwidth_bytes_per_s + (rate.latency_s + link.call_s)
+
+
 def _sum_s(size_bytes: Amount, ranks: int, link: Link) -> Amount:
     return size_bytes * ((ranks - 1) / ranks / link.sum_bytes_per_s)
 
@@ -126,6 +136,7 @@ RINGS: dict[str, Algorithm] = {
     "all_gather": ring_all_gather,
     "all_reduce": ring_all_reduce,
     "all_to_all": pairwise_all_to_all,
+    "permute": one_step,
     "reduce_scatter": ring_reduce_scatter,
 }
 

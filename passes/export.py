@@ -151,8 +151,16 @@ def without_fast_path() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-def refuse_function(function: type[Any], *args: Any, **kwargs: Any) -> NoReturn:
-    """Refuse a custom autograd function, of which torch.export keeps the forward only."""
+_APPLY = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
+
+
+def refuse_function(function: type[Any], *args: Any, **kwargs: Any) -> Any:
+    """Refuse a custom autograd function, of which torch.export keeps the forward only.
+
+    That of a torch.library op stays: its op is one node, which finds its backward again.
+    """
+    if function.__module__ == "torch._library.autograd":
+        return _APPLY(function, *args, **kwargs)
     raise CaptureError(
         f"{function.__name__} is a custom autograd function: its backward would be lost",
         at=[(current_line(), f"{function.__module__}.{function.__qualname__}")],

@@ -285,11 +285,10 @@ def _internal(
     network: Network, decisions: Sequence[Decision], grid: Grid
 ) -> tuple[tuple[str, str, str, Fraction], ...]:
     """Return what local programs send themselves."""
-    kind = "all_reduce"
     return tuple(
-        (d.name, grid.names[axis], kind, sent_bytes(kind, size, grid.sizes[axis]))
+        (d.name, grid.names[axis], kind, times * sent_bytes(kind, size, grid.sizes[axis]))
         for op, d in zip(network.ops, decisions, strict=True)
-        for axis, size in internal_traffic(
+        for axis, kind, size, times in internal_traffic(
             op, d.split, d.operands, d.results, grid, network.values[op.results[0]].grad
         )
     )

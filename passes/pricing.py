@@ -104,7 +104,7 @@ def _op_cost(op: Op, s: Strategy, typing: Typing, moves: Moves) -> tuple[float, 
     seconds = op_s(local_flops(op, s, moves.grid), sum(held), dtype, moves.cluster)
     split = [c.split for c in s.choices]
     inside = internal_traffic(op, split, s.operands, s.results, moves.grid, training)
-    sending = sum(moves.kind_s("all_reduce", size, axis) for axis, size in inside)
+    sending = sum(n * moves.kind_s(kind, size, axis) for axis, kind, size, n in inside)
     return float(seconds) * (PASSES if training else 1) + sending, by_slot
 
 

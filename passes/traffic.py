@@ -1,4 +1,4 @@
-"""What local programs send themselves: the all-reduces inside a split softmax, norm or loss."""
+"""What local programs send themselves: inside a split softmax, norm, loss or attention."""
 
 from __future__ import annotations
 
@@ -18,17 +18,21 @@ def internal_traffic(
     results: Sequence[Layout],
     grid: Grid,
     training: bool,
-) -> Iterator[tuple[int, int]]:
-    """Yield (axis, size in bytes) of every all-reduce that the op's program makes on one rank."""
+) -> Iterator[tuple[int, str, int, int]]:
+    """Yield (axis, collective, bytes, times) of all that the op's program sends on one rank."""
     if op.rule.traffic is None or not any(f in op.rule.split for factors in split for f in factors):
         return
+    axes: dict[str, list[int]] = {}
+    for axis, factors in enumerate(split):
+        for factor in factors:
+            axes.setdefault(factor, []).append(axis)
     local = local_call(op.call, operands, results, grid)
-    for factor, size_bytes, backward in op.rule.traffic(local, frozenset(sum(split, ()))):
-        if backward and not training:
-            continue
-        for axis, factors in enumerate(split):
-            if factor in factors:
-                yield axis, size_bytes
+    ranks = {f: tuple(grid.sizes[a] for a in on) for f, on in axes.items()}
+    for m in op.rule.traffic(local, ranks):
+        if training or not m.backward:
+            on = axes.get(m.factor, [])
+            for axis in on if m.level is None else on[m.level : m.level + 1]:
+                yield axis, m.kind, m.size_bytes, m.times
 
 
 def local_call(

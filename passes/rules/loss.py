@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from autotp import local_programs
-from autotp.passes.rules.table import Call, rule, wide_bytes
+from autotp.passes.rules.table import Call, Message, Ranks, rule, wide_bytes
 
 aten = torch.ops.aten
 
@@ -26,7 +26,7 @@ def cross_entropy(call: Call) -> str:
     return "t v, t, v -> " + ("" if call.results[0].shape == () else "t")
 
 
-def cross_entropy_traffic(call: Call, split: frozenset[str]) -> list[tuple[str, int, bool]]:
+def cross_entropy_traffic(call: Call, _ranks: Ranks) -> list[Message]:
     """Over v the rows' maxima, then all their sums at once; over t the divisor of a mean."""
     logits = call.operands[0]
     assert logits is not None
@@ -35,8 +35,8 @@ def cross_entropy_traffic(call: Call, split: frozenset[str]) -> list[tuple[str, 
     rows = logits.shape[0] * wide
     sums = 2 + weighted + 2 * smoothed
     divisor = wide if weighted else torch.int64.itemsize
-    mean = [("t", divisor, False)] if call.arg(3, MEAN) == MEAN else []
-    return [("v", rows, False), ("v", sums * rows, False), *mean]
+    mean = [Message("t", divisor)] if call.arg(3, MEAN) == MEAN else []
+    return [Message("v", rows), Message("v", sums * rows), *mean]
 
 
 def difference(call: Call) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from autotp import local_programs
-from autotp.passes.rules.table import Call, Text, letters, rule, wide_bytes
+from autotp.passes.rules.table import Call, Message, Ranks, Text, letters, rule, wide_bytes
 
 aten = torch.ops.aten
 
@@ -66,22 +66,22 @@ def rows_bytes(call: Call) -> int:
     return math.prod(x.shape) // x.shape[dim] * wide_bytes(x.dtype)
 
 
-def layer_norm_traffic(call: Call, _split: frozenset[str]) -> list[tuple[str, int, bool]]:
+def layer_norm_traffic(call: Call, _ranks: Ranks) -> list[Message]:
     """Mean and variance forward, two sums at once backward."""
     rows = rows_bytes(call)
-    return [("d", rows, False), ("d", rows, False), ("d", 2 * rows, True)]
+    return [Message("d", rows, times=2), Message("d", 2 * rows, backward=True)]
 
 
-def rms_norm_traffic(call: Call, _split: frozenset[str]) -> list[tuple[str, int, bool]]:
+def rms_norm_traffic(call: Call, _ranks: Ranks) -> list[Message]:
     """The mean square forward, one sum backward."""
     rows = rows_bytes(call)
-    return [("d", rows, False), ("d", rows, True)]
+    return [Message("d", rows), Message("d", rows, backward=True)]
 
 
-def softmax_traffic(call: Call, _split: frozenset[str]) -> list[tuple[str, int, bool]]:
+def softmax_traffic(call: Call, _ranks: Ranks) -> list[Message]:
     """The maximum and the sum forward, one sum backward."""
     rows = rows_bytes(call)
-    return [("d", rows, False), ("d", rows, False), ("d", rows, True)]
+    return [Message("d", rows, times=2), Message("d", rows, backward=True)]
 
 
 LAYER_NORM: dict[str, Any] = {

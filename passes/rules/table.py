@@ -54,8 +54,26 @@ Localize = Callable[[Call, Call], tuple[Any, ...]]
 """From the whole call and the local one (local shapes, whole literals), the local arguments."""
 
 
-Traffic = Callable[[Call, frozenset[str]], list[tuple[str, int, bool]]]
-"""From the local call and the factors that are split, (factor, all-reduced bytes, in backward?)."""
+@dataclass(frozen=True, slots=True)
+class Message:
+    """What a local program sends over the axes that split a factor, `times` on each of them.
+
+    level   the one axis meant, counted from the outermost; all of them where it is None
+    """
+
+    factor: str
+    size_bytes: int
+    backward: bool = False
+    kind: str = "all_reduce"
+    times: int = 1
+    level: int | None = None
+
+
+Ranks = Mapping[str, tuple[int, ...]]
+"""Per factor that is split, how many ranks each axis has that splits it, outermost first."""
+
+Traffic = Callable[[Call, Ranks], list[Message]]
+"""From the local call and what splits it, all that its program sends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +84,7 @@ class Rule:
     linear    how a partial sum passes: "all" operands together, "each" one alone, or those listed
     split     factors that a local program splits, with its result's type there: "S", "P" or "I"
     program   the local program; it takes the op's arguments and `split_f`, `size_f` per such factor
-    traffic   what the program all-reduces inside, over the axes that split each factor
+    traffic   what the program sends inside, over the axes that split each factor
     random    whether this call draws random numbers: its program takes `rng`, `split`, `site`
     localize  rewrites literal arguments from whole to local sizes
     average   whether a summed factor is averaged over: the partial is scaled by its share

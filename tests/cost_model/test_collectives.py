@@ -7,7 +7,7 @@ from autotp.cost_model.cluster import Link, bandwidth_bound, dgx_h100, gloo_loop
 from autotp.cost_model.collectives import ALGORITHMS, FREE, ROUNDS, collective_s, sent_bytes
 from autotp.layouts import MOVES
 
-KINDS = sorted(ROUNDS)
+KINDS = sorted([*ROUNDS, "permute"])
 CASES = [(backend, kind) for backend in ALGORITHMS for kind in KINDS]
 
 
@@ -20,7 +20,9 @@ def test_sent_bytes_are_exact_ring_counts():
     assert sent_bytes("all_gather", 16, 4) == 12 == sent_bytes("all_to_all", 16, 4)
     assert sent_bytes("all_reduce", 16, 4) == 24
     assert sent_bytes("reduce_scatter", 16, 3) == Fraction(32, 3)
+    assert sent_bytes("permute", 16, 4) == 16
     assert sent_bytes("keep_one", 16, 4) == 0 == sent_bytes("all_reduce", 16, 1)
+    assert sent_bytes("permute", 16, 1) == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -140,6 +140,16 @@ def test_sent_bytes_are_those_of_the_formula():
     assert axes["col"].sent == {} and sent_bytes("all_gather", 180, 3) == full
 
 
+@pytest.mark.parametrize("by", [1, 2, -1])
+def test_permute_sends_round_the_ring(by):
+    def one(rank, axes):
+        return axes["col"].permute(torch.full((2, 3), float(rank)), by), axes["col"].sent
+
+    for rank, (got, sent) in enumerate(run_ranks(LINE, one)):
+        assert torch.equal(got, torch.full((2, 3), float((rank - by) % 3)))
+        assert sent == {"permute": 24}
+
+
 def test_an_axis_of_one_rank_does_nothing():
     x = torch.randn(4, requires_grad=True)
     (out,) = run_ranks(Grid(("col",), (1,)), lambda r, axes: all_gather(x, axes["col"], 0))
@@ -224,6 +234,7 @@ def run_cases(axes):
         y = apply_move(x, axes[name], before, after, shape)
         (y * torch.arange(y.numel()).reshape(y.shape)).sum().backward()
         out += [y.detach(), x.grad]
+    out.append(axes["row"].permute(torch.arange(5.0) + here[0]))
     return out, {n: (a.sent, a.calls) for n, a in axes.items()}
 
 
