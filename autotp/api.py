@@ -53,11 +53,11 @@ def compile_rank(
     pins: Pins | None = None,
     rest: Mapping[str, Layout] | None = None,
     sharded_outputs: bool = False,
+    strict: bool = False,
 ) -> Compiled:
     """Return the program of this rank: the six steps from a model to its collectives."""
     with stage("capture"):
-        program = together(lambda: capture(model, args, kwargs, train=train))
-        network = read_network(program)
+        program, network = together(lambda: _read(model, args, kwargs, train, strict))
     mine = fingerprint(program)
     refuse_disagreement(
         "models",
@@ -65,7 +65,7 @@ def compile_rank(
         "build the same model, and pass inputs of the same shapes, on every rank",
     )
     with stage("infer factors"):
-        factors = infer_factors(network, program.inputs)
+        factors = together(lambda: infer_factors(network, program.inputs))
     if plan is None:
         plan = _agreed(
             lambda: (

@@ -1,4 +1,4 @@
-"""Errors that a user can cause. Each names the place, the fact and the remedy."""
+"""Errors that a user can cause. Each names the place, the fact, the reason and the remedy."""
 
 from __future__ import annotations
 
@@ -17,19 +17,30 @@ class AutotpError(Exception):
     """
 
     def __init__(
-        self, what: str, *, at: Iterable[tuple[str, str]] = (), remedy: str | None = None
+        self,
+        what: str,
+        *,
+        at: Iterable[tuple[str, str]] = (),
+        remedy: str | tuple[str, ...] | None = None,
     ) -> None:
+        """Take the one line, the places with their facts, and a remedy or several to choose of."""
         self.what, self.at, self.remedy = what, tuple(at), remedy
         super().__init__(self._text())
 
     def __reduce__(self) -> tuple[Any, ...]:
         return functools.partial(type(self), at=self.at, remedy=self.remedy), (self.what,)
 
+    @property
+    def remedies(self) -> tuple[str, ...]:
+        """What to do: any one of these."""
+        given = self.remedy
+        return (given,) if isinstance(given, str) else given or ()
+
     def _text(self) -> str:
         width = max((len(place) for place, _ in self.at), default=0)
         lines = [f"{type(self).__name__}: {self.what}"]
         lines += [f"  at      {place:<{width}}   {fact}".rstrip() for place, fact in self.at]
-        lines += [f"  remedy  {self.remedy}"] if self.remedy else []
+        lines += [f"  remedy  {one}" for one in self.remedies]
         return "\n".join(lines)
 
 
@@ -63,6 +74,18 @@ class PlanError(AutotpError):
 
 class BudgetError(AutotpError):
     """No plan fits the memory of a rank."""
+
+
+class WrappedModelError(AutotpError):
+    """A model that something else has wrapped, split, compiled or quantised already."""
+
+
+class NumericsError(AutotpError):
+    """A value that is not finite appears, with `check_numerics=True`."""
+
+
+class LostRankError(AutotpError):
+    """A collective failed: a rank is gone, or the ranks wait for each other."""
 
 
 class RuntimeStateError(AutotpError):

@@ -26,15 +26,26 @@ class Grid:
     sizes: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        bad = [s for s in self.sizes if not isinstance(s, int) or isinstance(s, bool) or s < 1]
-        if not self.sizes or bad or len(self.names) != len(self.sizes):
+        if len(self.names) != len(self.sizes):
+            raise GridError(
+                f"{len(self.names)} names for {len(self.sizes)} axes of a grid",
+                at=[("names", str(self.names)), ("sizes", str(self.sizes))],
+                remedy="name each axis once, such as grid=dict(row=2, col=2)",
+            )
+        bad = [(f"axis {n!r}", w) for n, s in zip(self.names, self.sizes) if (w := _wrong(s))]
+        bad += [
+            (f"axis {n!r}", "is no name that Python could give an attribute")
+            for n in self.names
+            if not (isinstance(n, str) and n.isidentifier())
+        ]
+        twice = [n for k, n in enumerate(self.names) if n in self.names[:k]]
+        bad += [(f"axis {n!r}", "is named twice") for n in twice]
+        if bad or not self.sizes:
             raise GridError(
                 f"grid {self.sizes} is not a grid of ranks",
-                at=[("grid", f"sizes {self.sizes} for axes {self.names}")],
+                at=bad or [("grid", "has no axis")],
                 remedy="give one integer of at least 1 per axis, such as grid=(2, 2)",
             )
-        if len(set(self.names)) != len(self.names):
-            raise GridError(f"grid axes {self.names} repeat a name", remedy="name each axis once")
 
     @property
     def world_size(self) -> int:
@@ -71,16 +82,25 @@ class Grid:
 DEFAULT_NAMES = {1: ("col",), 2: ("row", "col")}
 
 
+def _wrong(size: object) -> str:
+    """Say what is wrong with the size of an axis, if anything is."""
+    if isinstance(size, bool) or not isinstance(size, int):
+        return f"{size!r} is a {type(size).__name__}, not an integer"
+    return "" if size >= 1 else f"{size} ranks: at least 1 is needed"
+
+
 def as_grid(grid: Grid | int | tuple[int, ...] | Mapping[str, int] | Any) -> Grid:
-    """Return `grid` as a Grid: from a tuple, a dict of named axes, or a DeviceMesh."""
+    """Return `grid` as a Grid: from a tuple, a dict of named axes, or a DeviceMesh.
+
+    Raises GridError, with every axis that is wrong.
+    """
     if isinstance(grid, Grid):
         return grid
-    if isinstance(grid, int):
-        return Grid(("col",), (grid,))
     if isinstance(grid, Mapping):
         return Grid(tuple(grid), tuple(grid.values()))
     names = getattr(grid, "mesh_dim_names", ())
-    sizes = tuple(getattr(grid, "shape", grid))  # a torch DeviceMesh has a shape
+    given = getattr(grid, "shape", grid)  # a torch DeviceMesh has a shape
+    sizes = tuple(given) if isinstance(given, tuple | list) else (given,)
     return Grid(tuple(names or default_names(len(sizes))), sizes)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import os
+import platform
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
@@ -13,34 +15,50 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from autotp.errors import AutotpError, GridError, RuntimeStateError
-from autotp.grid import Grid
+from autotp.grid import Grid, as_grid
 
 T = TypeVar("T")
 
 
-def ensure_process_group(grid: Grid, device_type: str) -> None:
-    """Initialise gloo (CPU) or nccl (GPU) from torchrun's environment, unless a group exists.
+def ensure_process_group(grid: Any, device_type: str) -> Grid:
+    """Return `grid` as a Grid of as many ranks as the process group has.
 
-    Raises RuntimeStateError, with the command to run, when the process is one of none; GridError
-    when the grid does not have as many ranks as the group.
+    Initialises gloo (CPU) or nccl (GPU) from torchrun's environment, unless a group exists. Where
+    a group exists first, what is wrong on one rank is raised on all.
+
+    Raises GridError, and RuntimeStateError with the command to run when the process is one of none.
     """
+    if not dist.is_initialized() and "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+    found = together(lambda: as_grid(grid)) if dist.is_initialized() else as_grid(grid)
     if not dist.is_initialized():
-        if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-            dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
-        elif grid.world_size == 1:
-            dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
-        else:
+        if found.world_size > 1:
             raise RuntimeStateError(
-                f"grid {grid} needs {grid.world_size} ranks and this process was started alone",
-                remedy=f"torchrun --nproc-per-node={grid.world_size} your_script.py",
+                f"grid {found} needs {found.world_size} ranks",
+                at=[("process", "was started alone: no process group, no RANK, no WORLD_SIZE")],
+                remedy=torchrun(found.world_size),
             )
-    world = dist.get_world_size()
+        dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    together(lambda: _refuse_world(found, dist.get_world_size()))
+    return found
+
+
+def _refuse_world(grid: Grid, world: int) -> None:
     if world != grid.world_size:
+        product = " x ".join(str(s) for s in grid.sizes)
         raise GridError(
-            f"grid {grid} has {grid.world_size} ranks, the process group {world}",
-            remedy=f"a grid of {world}: {legal_grids(world)}, or "
-            f"torchrun --nproc-per-node={grid.world_size}",
+            f"grid {grid} needs {grid.world_size} ranks, the process group has {world}",
+            at=[("grid", f"{product} = {grid.world_size}"), ("process group", f"{world} ranks")],
+            remedy=(
+                f"a grid of {world} ranks: {legal_grids(world)}",
+                torchrun(grid.world_size),
+            ),
         )
+
+
+def torchrun(ranks: int) -> str:
+    """Return the command that starts a script on so many ranks."""
+    return f"torchrun --nproc-per-node={ranks} your_script.py"
 
 
 def legal_grids(world: int) -> str:
@@ -61,25 +79,35 @@ def from_rank_0(value: Any) -> Any:
 
 
 def together(make: Callable[[], T]) -> T:
-    """Return this rank's `make()`; where it raises on any rank, raise on all, none left waiting."""
+    """Return this rank's `make()`; where it raises on any rank, raise on all, none left waiting.
+
+    Without a process group there is this rank only.
+    """
     value, mine = None, None
     try:
         value = make()
     except Exception as error:
         mine = error
-    for rank, other in enumerate(_gathered(_portable(mine))):
-        if mine is None and other is not None:
-            other.add_note(f"raised on rank {rank}")
-            raise other
+    if dist.is_initialized():
+        for rank, other in enumerate(_gathered(_portable(mine))):
+            if mine is None and other is not None:
+                other.add_note(f"raised on rank {rank}")
+                raise other
     if mine is not None:
         raise mine
     return cast(T, value)
 
 
 def _portable(error: Exception | None) -> AutotpError | None:
+    """Return an error as other ranks may raise it."""
     if error is None or isinstance(error, AutotpError):
         return error
-    return RuntimeStateError(f"{type(error).__name__}: {error}")
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return RuntimeStateError(
+        f"rank {rank} failed, and the others stop with it",
+        at=[(f"rank {rank}", f"{type(error).__name__}: {error}")],
+        remedy=f"see the traceback of rank {rank}",
+    )
 
 
 def _gathered(value: Any) -> list[Any]:
@@ -90,19 +118,40 @@ def _gathered(value: Any) -> list[Any]:
     return everyone
 
 
+def versions() -> dict[str, str]:
+    """Return the versions that must be the same on all ranks: they decide plans and programs."""
+    return {
+        "Python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "autotp": importlib.metadata.version("autotp"),
+    }
+
+
+LISTED = 3
+"""Differences that an error lists for each rank."""
+
+
 def refuse_disagreement(what: str, mine: Mapping[str, str], remedy: str) -> None:
-    """Raise RuntimeStateError on all ranks, naming those whose values differ from rank 0's."""
-    first, *others = _gathered(dict(mine))
-    at = [(f"rank {rank}", _difference(first, o)) for rank, o in enumerate(others, 1) if o != first]
+    """Raise RuntimeStateError on all ranks, naming those whose values differ from most ranks'."""
+    everyone = _gathered(dict(mine))
+    most = max(everyone, key=everyone.count)
+    usual = everyone.index(most)
+    at = [
+        (f"rank {rank}", fact)
+        for rank, values in enumerate(everyone)
+        for fact in _differences(values, most, usual)
+    ]
     if at:
         raise RuntimeStateError(f"the ranks have different {what}", at=at, remedy=remedy)
 
 
-def _difference(first: Mapping[str, str], other: Mapping[str, str]) -> str:
-    names = [n for n in {**first, **other} if first.get(n) != other.get(n)]
-    here, there = (values.get(names[0], "absent") for values in (other, first))
-    more = f", and {len(names) - 1} more" if names[1:] else ""
-    return f"{names[0]}: {here}, rank 0 {there}{more}"
+def _differences(values: Mapping[str, str], usual: Mapping[str, str], rank: int) -> list[str]:
+    names = [n for n in {**usual, **values} if values.get(n) != usual.get(n)]
+    facts = [
+        f"{n}: {values.get(n, 'absent')}, rank {rank} {usual.get(n, 'absent')}"
+        for n in names[:LISTED]
+    ]
+    return facts + [f"and {len(names) - LISTED} more"] * (len(names) > LISTED)
 
 
 def digest(tensor: torch.Tensor) -> str:
