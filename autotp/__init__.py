@@ -5,9 +5,10 @@ from autotp.api import check, parallelize, plan
 from autotp.comparison import Report
 from autotp.cost_model.cluster import Cluster
 from autotp.errors import AutotpError
+from autotp.full_state import full_state_dict
 from autotp.grid import Grid
-from autotp.module import full_state_dict
 from autotp.plan import Plan
+from autotp.version import VERSION as __version__
 
 __all__ = [
     "AutotpError",
@@ -15,6 +16,7 @@ __all__ = [
     "Grid",
     "Plan",
     "Report",
+    "__version__",
     "check",
     "full_state_dict",
     "parallelize",

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import fx, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from autotp.axis import Axis
@@ -20,9 +20,10 @@ from autotp.layouts import I, Layout, layout_text
 from autotp.module import Compiled, ParallelModule, compile_mode, make_parallel, new_state
 from autotp.passes.capture import capture
 from autotp.passes.codegen import emit
-from autotp.passes.factors import infer_factors
-from autotp.passes.network import read_network
-from autotp.passes.planning import fingerprint, graph_digest, search_plan
+from autotp.passes.factors import Factors, infer_factors
+from autotp.passes.network import Network, read_network, refuse_unruled
+from autotp.passes.planning import fingerprint, graph_digest, refuse_other_ops, search_plan
+from autotp.passes.program import Program
 from autotp.passes.verify import verify
 from autotp.plan import Plan
 from autotp.plan_file import from_json, refuse_other, to_json
@@ -35,6 +36,7 @@ from autotp.ranks import (
     refuse_disagreement,
     together,
 )
+from autotp.refusals import refuse_model
 
 Pins = Mapping[str, Mapping[str, str]]
 
@@ -75,13 +77,27 @@ def compile_rank(
             )
         )
     refuse_other(plan, mine, grid, train)
+    refuse_other_ops(plan, program, network)
     if not sharded_outputs:
         _refuse_sharded(plan)
     refuse_disagreement("plans", {"plan": plan.hash}, "give every rank the same plan and versions")
     with stage("emit and verify"):
-        module = emit(program, network, plan, coords, axes)
-        verify(module, network, factors, grid)
+        module = together(lambda: _emitted(program, network, factors, plan, coords, axes))
     return Compiled(program, plan, module)
+
+
+def _emitted(
+    program: Program,
+    network: Network,
+    factors: Factors,
+    plan: Plan,
+    coords: Coords,
+    axes: Mapping[str, Axis],
+) -> fx.GraphModule:
+    """Return the program of one rank, its types checked."""
+    module = emit(program, network, plan, coords, axes)
+    verify(module, network, factors, plan.grid)
+    return module
 
 
 def parallelize(
@@ -93,6 +109,8 @@ def parallelize(
     plan: Plan | None = None,
     pins: Pins | None = None,
     outputs: str = "full",
+    strict: bool = False,
+    check_numerics: bool = False,
 ) -> nn.Module:
     """Make `model` the program of this rank of `grid`, in place, and return it.
 
@@ -102,29 +120,24 @@ def parallelize(
     cluster         what prices the plan: a Cluster, its name, or this machine's default.
     plan, pins      a plan to follow, or choices to fix by module-path pattern.
     outputs         "full" returns what the original does, "sharded" DTensors.
+    strict          refuse ops without a rule, in place of running them whole with a warning.
+    check_numerics  name the first op and rank that make NaN or Inf; slow, for finding faults.
 
     Raises AutotpError: what is not supported is refused by name.
     """
-    if outputs not in ("full", "sharded"):
-        raise AutotpError(f"outputs={outputs!r}", remedy='outputs="full" or outputs="sharded"')
-    if isinstance(model, ParallelModule):
-        raise AutotpError(
-            f"{type(model).__name__} is parallel already",
-            remedy="call autotp.parallelize once, on the original model",
-        )
-    _refuse_meta(model)
-    shape = as_grid(grid)
     device_type = device_of(list(model.parameters())).type
-    ensure_process_group(shape, device_type)
+    shape = ensure_process_group(grid, device_type)
+    chosen = together(lambda: _accepted(model, outputs, cluster, device_type))
+    options = f"outputs={outputs!r}, strict={strict}, check_numerics={check_numerics}"
+    _refuse_other_calls(shape, model, example_inputs, plan, options)
     mesh = grid if isinstance(grid, DeviceMesh) else make_mesh(shape, device_type)
-    chosen = as_cluster(cluster, device_type)
-
     planned = {n: r.layout for n, r in plan.params.items()} if plan and plan.grid == shape else None
 
     def compile_one(
         whole: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], train: bool
     ) -> Compiled:
         state = cast(ParallelModule, whole)._autotp
+        is_first = all(c.plan.train != train for c in state.modes.values())
         return compile_rank(
             whole,
             args,
@@ -134,27 +147,63 @@ def parallelize(
             coords=state.coords,
             axes=state.axes,
             cluster=chosen,
-            plan=plan if plan is not None and plan.train == train else None,
+            plan=plan if plan is not None and plan.train == train and is_first else None,
             pins=None if state.layouts else pins,
             rest=state.layouts or planned,
             sharded_outputs=outputs == "sharded",
+            strict=strict,
         )
 
-    parallel = make_parallel(model, new_state(shape, compile_one, outputs, mesh))
+    state = new_state(shape, compile_one, outputs, mesh, check_numerics)
+    parallel = make_parallel(model, state)
     if example_inputs is not None:
         compile_mode(parallel, *split_inputs(example_inputs))
     return parallel
 
 
-def _refuse_meta(model: nn.Module) -> None:
-    """Raise AutotpError for parameters without values: there is nothing to distribute."""
-    empty = [name for name, p in model.named_parameters() if p.is_meta]
-    if empty:
+def _accepted(
+    model: nn.Module, outputs: str, cluster: Cluster | str | None, device_type: str
+) -> Cluster:
+    """Return the cluster of a call of parallelize; raise for what cannot be accepted."""
+    if outputs not in ("full", "sharded"):
         raise AutotpError(
-            f"{len(empty)} parameters of {type(model).__name__} are on the meta device",
-            at=[(name, "has no values") for name in empty[:3]],
-            remedy='model.to_empty(device="cpu") and load weights; autotp.plan needs none',
+            "outputs are returned whole or in pieces",
+            at=[("outputs", f"{outputs!r} is neither")],
+            remedy='outputs="full" or outputs="sharded"',
         )
+    if isinstance(model, ParallelModule):
+        raise AutotpError(
+            f"{type(model).__name__} is parallel already",
+            at=[("the model", f"runs on grid {model._autotp.grid}")],
+            remedy="call autotp.parallelize once, on the original model",
+        )
+    refuse_model(model, weights=True)
+    return as_cluster(cluster, device_type)
+
+
+def _refuse_other_calls(
+    grid: Grid, model: nn.Module, example_inputs: Any, plan: Plan | None, options: str
+) -> None:
+    """Raise RuntimeStateError unless all ranks call parallelize alike: the same steps follow."""
+    call = {
+        "grid": f"{grid} {grid.names}",
+        "mode": "train" if model.training else "eval",
+        "example_inputs": "none" if example_inputs is None else "given",
+        "plan": "none" if plan is None else "given",
+        "options": options,
+    }
+    refuse_disagreement("calls of autotp.parallelize", call, "make the same call on every rank")
+
+
+def _read(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], train: bool, strict: bool
+) -> tuple[Program, Network]:
+    """Return a model as program and network; with `strict`, only if every op has a rule."""
+    program = capture(model, args, kwargs, train=train)
+    network = read_network(program)
+    if strict:
+        refuse_unruled(program, network)
+    return program, network
 
 
 def plan(
@@ -165,17 +214,19 @@ def plan(
     cluster: Cluster | str | None = None,
     pins: Pins | None = None,
     outputs: str = "full",
+    strict: bool = False,
 ) -> Plan:
     """Return the plan of `model` on `grid`: no process group and no weights are needed."""
+    shape = as_grid(grid)
+    refuse_model(model, weights=False)
     args, kwargs = split_inputs(example_inputs)
     chosen = as_cluster(cluster, device_of(list(model.parameters())).type)
     sharded = outputs == "sharded"
     with stage("capture"):
-        program = capture(model, args, kwargs, train=model.training)
-        network = read_network(program)
+        program, network = _read(model, args, kwargs, model.training, strict)
     with stage("infer factors"):
         factors = infer_factors(network, program.inputs)
-    return search_plan(program, network, factors, as_grid(grid), chosen, pins, None, sharded).plan
+    return search_plan(program, network, factors, shape, chosen, pins, None, sharded).plan
 
 
 def check(
@@ -193,6 +244,7 @@ def check(
     and the state of the random generators are left as they were. Arguments as for `parallelize`.
     """
     shape = as_grid(grid)
+    refuse_model(model, weights=True)
     with stage("run the original"):
         subject = prepare(model, *split_inputs(example_inputs))
     program, network = subject.program, subject.network
@@ -201,6 +253,7 @@ def check(
         with stage("plan"):
             plan = search_plan(program, network, subject.factors, shape, chosen, pins).plan
     refuse_other(plan, fingerprint(program), shape, program.train)
+    refuse_other_ops(plan, program, network)
     with stage(f"run {shape.world_size} ranks"):
         return compare(subject, plan)
 

@@ -9,6 +9,7 @@ what it sends, forward and backward, by the formula that the cost model prices w
 
 from __future__ import annotations
 
+import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from autotp.cost_model.collectives import sent_bytes
 from autotp.errors import RuntimeStateError
 from autotp.grid import Coords, Grid
+from autotp.liveness import last_node, lost
 
 Result = TypeVar("Result")
 
@@ -131,21 +133,30 @@ class DistAxis(Axis):
         self._sum_locally: bool = torch.distributed.get_backend(group) == "gloo"
 
     def _all_gather(self, x: Tensor) -> Tensor:
-        row = x.unsqueeze(0)
-        return _wait(_FUNCTIONAL.all_gather_into_tensor(row, self.size, self.group_name))
+        return self._call("all_gather_into_tensor", x.unsqueeze(0), self.size)
 
     def _reduce_scatter(self, wire: Tensor) -> Tensor:
         if self._sum_locally:  # gloo's own sends twice the bytes
             one = [1] * self.size
             return self._all_to_all(wire, one, one).sum(0, dtype=wire.dtype)
-        out = _FUNCTIONAL.reduce_scatter_tensor(wire, "sum", self.size, self.group_name)
-        return _wait(out).squeeze(0)
+        return self._call("reduce_scatter_tensor", wire, "sum", self.size).squeeze(0)
 
     def _all_reduce(self, x: Tensor, op: str) -> Tensor:
-        return _wait(_FUNCTIONAL.all_reduce(x, op, self.group_name))
+        return self._call("all_reduce", x, op)
 
     def _all_to_all(self, x: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        return _wait(_FUNCTIONAL.all_to_all_single(x, receive, send, self.group_name))
+        return self._call("all_to_all_single", x, receive, send)
+
+    def _call(self, op: str, *arguments: Any) -> Tensor:
+        """Return what a collective returns; raise LostRankError where a rank does not take part."""
+        start = getattr(_FUNCTIONAL, op)
+        if torch.compiler.is_compiling():
+            return _wait(start(*arguments, self.group_name))
+        try:
+            return _wait(start(*arguments, self.group_name))
+        except RuntimeError as error:
+            node = last_node(sys._getframe())
+            raise lost(f"{op} on axis {self.name!r}", node, error) from error
 
 
 def _wait(pending: Tensor) -> Tensor:

@@ -19,10 +19,13 @@ from torch.nn.functional import pad
 
 from autotp.axis import Axis
 from autotp.layouts import Range, chunk
+from autotp.liveness import caller
 
 Parts = tuple[int, ...]
 Kernel = Callable[..., Tensor]
 Where = tuple[Any, ...]
+Place = tuple[str, int] | None
+"""The line of the emitted program that asked for the move: for errors of its backward."""
 WholeType = Literal["R", "I"]
 
 
@@ -31,19 +34,20 @@ class _Move(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, kernel: Kernel, dual: Kernel, where: tuple[Any, ...]
+        ctx: Any, x: Tensor, kernel: Kernel, dual: Kernel, where: Where, place: Place
     ) -> Tensor:
-        ctx.kernel, ctx.dual, ctx.where = kernel, dual, where
+        ctx.kernel, ctx.dual, ctx.where, ctx.place = kernel, dual, where, place
         return kernel(x, *where)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _move(grad, ctx.dual, ctx.kernel, ctx.where), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return _move(grad, ctx.dual, ctx.kernel, ctx.where), None, None, None, None
 
 
 def _move(x: Tensor, kernel: Kernel, dual: Kernel, where: Where) -> Tensor:
     if x.requires_grad and torch.is_grad_enabled():
-        out: Tensor = _Move.apply(x, kernel, dual, where)  # type: ignore[no-untyped-call]
+        place = None if torch.compiler.is_compiling() else caller(2)
+        out: Tensor = _Move.apply(x, kernel, dual, where, place)  # type: ignore[no-untyped-call]
         return out
     return kernel(x, *where)
 

@@ -32,7 +32,11 @@ class Grid:
                 at=[("names", str(self.names)), ("sizes", str(self.sizes))],
                 remedy="name each axis once, such as grid=dict(row=2, col=2)",
             )
-        bad = [(f"axis {n!r}", w) for n, s in zip(self.names, self.sizes) if (w := _wrong(s))]
+        bad = [
+            (f"axis {n!r}", w)
+            for n, s in zip(self.names, self.sizes, strict=True)
+            if (w := _wrong(s))
+        ]
         bad += [
             (f"axis {n!r}", "is no name that Python could give an attribute")
             for n in self.names

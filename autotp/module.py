@@ -20,15 +20,16 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
 from autotp.axis import Axis, dist_axes
+from autotp.distribute import distribute, owners_of, whole_parameters
 from autotp.errors import RuntimeStateError
 from autotp.grid import Coords, Grid
 from autotp.layouts import Layout, take_shard
-from autotp.optimizers import note_replacement
+from autotp.numerics import run_checked
 from autotp.passes.program import Program
-from autotp.placements import as_dtensor, as_parameter, local_tensor
+from autotp.placements import as_dtensor, local_tensor, whole
 from autotp.plan import Plan
 from autotp.randomness import agreed_step_seed
-from autotp.ranks import checksum, digest, refuse_disagreement
+from autotp.ranks import digest, refuse_disagreement, together
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,10 @@ class Compiled:
     graph_module: fx.GraphModule
 
 
+Mode = bytes
+"""One training flag per module: each combination that is called is captured by itself."""
+COMPARED_CALLS = 3
+"""Calls of each mode, its first, whose inputs the ranks compare."""
 Method = TypeVar("Method", bound=Callable[..., Any])
 Compile = Callable[[nn.Module, Sequence[Any], Mapping[str, Any], bool], Compiled]
 """From a model with whole parameters, inputs and the mode, the program of this rank."""
@@ -49,9 +54,10 @@ Compile = Callable[[nn.Module, Sequence[Any], Mapping[str, Any], bool], Compiled
 class State:
     """What a parallel module knows beside the model: where it runs, and its programs by mode.
 
+    modes      programs by mode: the training flags of all modules, whose list `members` is
     layouts    how the parameters rest, tied names included; empty until they are distributed
     owners     the module and the attribute of every parameter and buffer
-    compared   the modes whose first inputs were compared between ranks
+    compared   how many calls of each mode had their inputs compared between ranks
     """
 
     grid: Grid
@@ -60,19 +66,27 @@ class State:
     outputs: str
     mesh: DeviceMesh
     axes: dict[str, Axis]
-    modes: dict[bool, Compiled] = field(default_factory=dict)
+    check_numerics: bool = False
+    modes: dict[Mode, Compiled] = field(default_factory=dict)
+    members: list[nn.Module] = field(default_factory=list)
     owners: dict[str, tuple[nn.Module, str]] = field(default_factory=dict)
     layouts: dict[str, Layout] = field(default_factory=dict)
-    compared: set[bool] = field(default_factory=set)
+    compared: dict[Mode, int] = field(default_factory=dict)
+
+    @property
+    def mode(self) -> Mode:
+        """The training flags that the modules have now."""
+        return bytes([module.training for module in self.members])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> State:
         """Share the ranks and the programs; own what says which modules they read."""
         return replace(
             self,
             modes=dict(self.modes),
+            members=copy.deepcopy(self.members, memo),
             owners=copy.deepcopy(self.owners, memo),
             layouts=dict(self.layouts),
-            compared=set(self.compared),
+            compared=dict(self.compared),
         )
 
 
@@ -98,18 +112,21 @@ class ParallelModule(nn.Module):
         return self._compiled().graph_module
 
     def _compiled(self) -> Compiled:
-        modes = self._autotp.modes
-        if not modes:
+        state = self._autotp
+        if not state.modes:
             raise RuntimeStateError(
                 "the model is planned at its first call",
                 remedy="call it once, or give autotp.parallelize its example_inputs",
             )
-        return modes.get(self.training) or next(iter(modes.values()))
+        same = [c for c in state.modes.values() if c.plan.train == self.training]
+        return state.modes.get(state.mode) or next(iter([*same, *state.modes.values()]))
 
     @_eager(recursive=False)  # torch.compile begins at the emitted graph
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run this rank's program on the global batch; return what the original would."""
         compiled, arguments = self._begin(args, kwargs)
+        if self._autotp.check_numerics:
+            return self._end(compiled, run_checked(compiled, arguments, self._autotp.grid))
         return self._end(compiled, compiled.graph_module(*arguments))
 
     @_eager()
@@ -118,14 +135,12 @@ class ParallelModule(nn.Module):
     ) -> tuple[Compiled, list[Tensor]]:
         """Return the program of the mode and the arguments of its graph for one call."""
         state = self._autotp
-        compiled = state.modes.get(self.training)
+        compiled = state.modes.get(mode := state.mode)
         if compiled is None or _was_unfrozen(state, compiled):
             compiled = compile_mode(self, args, kwargs)
+            mode = state.mode
         program = compiled.program
-        inputs = [_whole(leaf) for leaf in program.flatten_inputs(args, kwargs)]
-        if self.training not in state.compared:
-            _compare_inputs(state, program, inputs)
-            state.compared.add(self.training)
+        inputs = _flat_inputs(state, program, mode, args, kwargs)
         rng = compiled.graph_module.meta["rng"]
         if rng is not None:
             rng.step_seed = agreed_step_seed(state.axes.values())
@@ -176,11 +191,6 @@ class ParallelModule(nn.Module):
         )
 
 
-def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Return the original model's state dict, every tensor whole. All ranks must call it."""
-    return {name: _whole(value) for name, value in model.state_dict().items()}
-
-
 def _place(state: State, name: str, value: Any, own: object) -> Any:
     """Return a whole tensor as the DTensor that the module has in its place."""
     if not isinstance(own, DTensor) or isinstance(value, DTensor) or value.shape != own.shape:
@@ -197,10 +207,6 @@ def _kinds(model: nn.Module) -> list[tuple[torch.dtype, torch.device]]:
 # One forward -------------------------------------------------------------------------------------
 
 
-def _whole(leaf: Any) -> Any:
-    return leaf.full_tensor() if isinstance(leaf, DTensor) else leaf
-
-
 def _was_unfrozen(state: State, compiled: Compiled) -> bool:
     """Say whether a parameter requires a gradient that was not planned; one less is no harm."""
     for fqn, resting in compiled.plan.params.items():
@@ -211,15 +217,21 @@ def _was_unfrozen(state: State, compiled: Compiled) -> bool:
     return False
 
 
-def _compare_inputs(state: State, program: Program, inputs: Sequence[Tensor]) -> None:
-    """Raise RuntimeStateError unless every rank was given the same global batch."""
-    if state.grid.world_size > 1:
-        digests = [digest(leaf) for leaf in inputs]
-        refuse_disagreement(
-            "inputs",
-            dict(zip(program.inputs, digests, strict=True)),
-            "pass the same global batch on every rank: no DistributedSampler, one seed",
-        )
+def _flat_inputs(
+    state: State, program: Program, mode: Mode, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> list[Tensor]:
+    """Return the inputs whole; on the first calls of a mode, those that every rank was given.
+
+    Raises InputError, and RuntimeStateError where the ranks were given different batches.
+    """
+    if state.grid.world_size == 1 or state.compared.get(mode, 0) == COMPARED_CALLS:
+        return [whole(leaf) for leaf in program.flatten_inputs(args, kwargs)]
+    inputs = [whole(x) for x in together(lambda: program.flatten_inputs(args, kwargs))]
+    digests = {name: digest(x) for name, x in zip(program.inputs, inputs, strict=True)}
+    remedy = "pass the same global batch on every rank: no DistributedSampler, one seed"
+    refuse_disagreement("inputs", digests, remedy)
+    state.compared[mode] = state.compared.get(mode, 0) + 1
+    return inputs
 
 
 def _arguments(state: State, program: Program, inputs: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -281,14 +293,16 @@ def make_parallel(model: nn.Module, state: State) -> ParallelModule:
 def compile_mode(model: ParallelModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Compiled:
     """Capture, plan and emit the current mode; the first time, distribute the parameters."""
     state = model._autotp
-    whole_args, whole_kwargs = tree_map(_whole, (tuple(args), dict(kwargs)))
+    whole_args, whole_kwargs = tree_map(whole, (tuple(args), dict(kwargs)))
     with torch.inference_mode(False), torch.enable_grad():
-        with _original_class(model), _whole_parameters(model):
+        with _original_class(model), whole_parameters(model):
             compiled = state.compile(model, whole_args, whole_kwargs, model.training)
         if not state.layouts:
-            distribute(model, compiled)
+            params, mesh = compiled.plan.params, state.mesh
+            state.layouts = distribute(model, params, state.grid, state.coords, mesh)
     assert all(state.layouts[n] == r.layout for n, r in compiled.plan.params.items())
-    state.modes[model.training] = compiled
+    state.members = list(model.modules())
+    state.modes[state.mode] = compiled
     state.owners = owners_of(model)
     return compiled
 
@@ -306,75 +320,11 @@ class _original_class:
         self.model.__class__ = self.parallel
 
 
-class _whole_parameters:
-    """Put parameters of the whole shape in place of sharded ones; capture never reads them."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.kept: list[tuple[nn.Module, str, nn.Parameter]] = []
-
-    def __enter__(self) -> None:
-        whole: dict[int, nn.Parameter] = {}
-        for module in self.model.modules():
-            for name, p in module._parameters.items():
-                if isinstance(p, DTensor):
-                    self.kept.append((module, name, p))
-                    if id(p) not in whole:
-                        blank = torch.empty(p.shape, dtype=p.dtype, device=p.device)
-                        whole[id(p)] = nn.Parameter(blank, requires_grad=p.requires_grad)
-                    module._parameters[name] = whole[id(p)]
-
-    def __exit__(self, *_error: object) -> None:
-        for module, name, p in self.kept:
-            module._parameters[name] = p
-
-
-def owners_of(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """Return the module and the attribute of every parameter and buffer, tied names included."""
-    return {
-        (f"{path}.{name}" if path else name): (module, name)
-        for path, module in model.named_modules(remove_duplicate=False)
-        for name in (*module._parameters, *module._buffers)
-    }
-
-
-def distribute(model: ParallelModule, compiled: Compiled) -> None:
-    """Replace every parameter by the DTensor that rests as planned, keeping ties and attributes."""
-    state = model._autotp
-    owners = owners_of(model)
-    if state.grid.world_size > 1:
-        weights = {name: checksum(value) for name, value in model.state_dict().items()}
-        remedy = "call torch.manual_seed before the model is built, or load one checkpoint"
-        refuse_disagreement("weights", weights, remedy)
-    # Kept whole while they are replaced: ties are known by identity, a module by several paths.
-    originals = {fqn: module._parameters.get(name) for fqn, (module, name) in owners.items()}
-    made: dict[int, nn.Parameter] = {}
-    layouts = {id(originals[fqn]): r.layout for fqn, r in compiled.plan.params.items()}
-    for fqn, (module, name) in owners.items():
-        old = originals[fqn]
-        if old is None:
-            continue
-        layout = state.layouts[fqn] = layouts[id(old)]
-        if id(old) not in made:
-            local = take_shard(old.detach(), layout, state.grid, state.coords).clone()
-            new = as_parameter(local, layout, old.shape, state.mesh, old.requires_grad)
-            new.__dict__.update(old.__dict__)
-            carry_hooks(old, new)
-            made[id(old)] = new
-            note_replacement(old, new)
-        module._parameters[name] = made[id(old)]
-
-
-def carry_hooks(old: nn.Parameter, new: nn.Parameter) -> None:
-    """Register the hooks of a parameter on its successor: they see the gradient as a DTensor."""
-    for hook in (old._backward_hooks or {}).values():
-        new.register_hook(hook)  # type: ignore[no-untyped-call]
-    for hook in (getattr(old, "_post_accumulate_grad_hooks", None) or {}).values():
-        new.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
-
-
-def new_state(grid: Grid, compile: Compile, outputs: str, mesh: DeviceMesh) -> State:
+def new_state(
+    grid: Grid, compile: Compile, outputs: str, mesh: DeviceMesh, check_numerics: bool = False
+) -> State:
     """Return the state of a module that has not been captured yet."""
     coords = mesh.get_coordinate()
     assert coords is not None, "a rank outside of its own grid"
-    return State(grid, tuple(coords), compile, outputs, mesh, dist_axes(mesh, grid.names))
+    axes = dist_axes(mesh, grid.names)
+    return State(grid, tuple(coords), compile, outputs, mesh, axes, check_numerics)

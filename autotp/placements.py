@@ -72,3 +72,8 @@ def local_tensor(parameter: Tensor) -> Tensor:
         return parameter._local_tensor
     out: Tensor = _Local.apply(parameter)  # type: ignore[no-untyped-call]
     return out
+
+
+def whole(leaf: Any) -> Any:
+    """Return a DTensor as a whole tensor, which all ranks must ask for, and all else as it is."""
+    return leaf.full_tensor() if isinstance(leaf, DTensor) else leaf

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import os
 import platform
 from collections.abc import Callable, Mapping
@@ -16,6 +15,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from autotp.errors import AutotpError, GridError, RuntimeStateError
 from autotp.grid import Grid, as_grid
+from autotp.liveness import watch
+from autotp.version import VERSION
 
 T = TypeVar("T")
 
@@ -30,6 +31,9 @@ def ensure_process_group(grid: Any, device_type: str) -> Grid:
     """
     if not dist.is_initialized() and "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+    if dist.is_initialized():
+        watch()
+        refuse_disagreement("versions", versions(), "install the same versions on every machine")
     found = together(lambda: as_grid(grid)) if dist.is_initialized() else as_grid(grid)
     if not dist.is_initialized():
         if found.world_size > 1:
@@ -89,7 +93,7 @@ def together(make: Callable[[], T]) -> T:
     except Exception as error:
         mine = error
     if dist.is_initialized():
-        for rank, other in enumerate(_gathered(_portable(mine))):
+        for rank, other in enumerate(gathered(_portable(mine))):
             if mine is None and other is not None:
                 other.add_note(f"raised on rank {rank}")
                 raise other
@@ -110,9 +114,9 @@ def _portable(error: Exception | None) -> AutotpError | None:
     )
 
 
-def _gathered(value: Any) -> list[Any]:
+def gathered(value: Any) -> list[Any]:
     """Return every rank's `value`, in rank order."""
-    everyone: list[Any] = [value] * dist.get_world_size()
+    everyone: list[Any] = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
     if len(everyone) > 1:
         dist.all_gather_object(everyone, value)
     return everyone
@@ -123,7 +127,7 @@ def versions() -> dict[str, str]:
     return {
         "Python": platform.python_version(),
         "torch": str(torch.__version__),
-        "autotp": importlib.metadata.version("autotp"),
+        "autotp": VERSION,
     }
 
 
@@ -133,7 +137,7 @@ LISTED = 3
 
 def refuse_disagreement(what: str, mine: Mapping[str, str], remedy: str) -> None:
     """Raise RuntimeStateError on all ranks, naming those whose values differ from most ranks'."""
-    everyone = _gathered(dict(mine))
+    everyone = gathered(dict(mine))
     most = max(everyone, key=everyone.count)
     usual = everyone.index(most)
     at = [

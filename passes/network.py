@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from autotp.errors import RuleError
 from autotp.layouts import Shape
 from autotp.passes.program import Program
 from autotp.passes.rules import Call, Rule, Signature, Tensor, find
@@ -93,8 +94,36 @@ def read_network(program: Program) -> Network:
     sources = tuple(n for n in kept if n not in made)
     if unruled:
         listed = ", ".join(f"{op} ({n} calls)" for op, n in unruled.items())
-        warnings.warn(f"autotp has no rule for {listed}: run whole on every rank", stacklevel=3)
+        warnings.warn(
+            f"autotp has no rule for {listed}: run whole on every rank; autotp.rule gives it one",
+            stacklevel=3,
+        )
     return Network(tuple(ops), kept, sources, outputs, unruled)
+
+
+def refuse_unruled(program: Program, network: Network) -> None:
+    """Raise RuleError, with every place, for ops that would run whole for want of a rule."""
+    at = [
+        (program.where.get(op.name) or program.names[op.name], f"{op.call.op} in {name}")
+        for op in network.ops
+        if str(op.call.op) in network.unruled
+        for name in [program.names[op.name]]
+    ]
+    if at:
+        raise RuleError(
+            f"strict=True, and {len(network.unruled)} ops have no rule",
+            at=at,
+            remedy=(
+                f"give a rule, such as {example_rule(next(iter(network.unruled)))}",
+                "strict=False runs them whole on every rank",
+            ),
+        )
+
+
+def example_rule(op: str) -> str:
+    """Write how a user gives an op a rule."""
+    namespace, name, *_ = op.split(".")
+    return f'autotp.rule("{namespace}::{name}", "b ... -> b ...")'
 
 
 def active_nodes(program: Program) -> set[str]:

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from autotp.cost_model.cluster import Cluster
 from autotp.cost_model.collectives import sent_bytes
 from autotp.cost_model.memory import ADAMW_STATES
-from autotp.errors import BudgetError
+from autotp.errors import BudgetError, PlanError
 from autotp.grid import Grid
 from autotp.layouts import I, Layout
 from autotp.passes.explain import RunnersUp
@@ -207,7 +207,7 @@ def _decision(
     shapes = tuple(network.values[v].shape for v in op.results)
     return Decision(
         name=program.names[op.name],
-        op=str(op.call.op).removeprefix("aten.").removesuffix(".default"),
+        op=op_text(op),
         choices=tuple(c.name for c in s.choices),
         split=tuple(c.split for c in s.choices),
         operands=s.operands,
@@ -306,6 +306,38 @@ def fingerprint(program: Program) -> dict[str, str]:
     }
 
 
+LISTED_OPS = 6
+"""Ops that an error about another model lists."""
+
+
+def refuse_other_ops(plan: Plan, program: Program, network: Network) -> None:
+    """Raise PlanError if a plan decides other ops than those of a program."""
+    mine = {program.names[op.name]: (op_text(op), op.results) for op in network.ops}
+    planned = {d.name: (d.op, d.makes) for d in plan.decisions}
+    if list(mine.items()) == list(planned.items()):
+        return
+    differing = [n for n in {**planned, **mine} if mine.get(n) != planned.get(n)]
+    at = [
+        (name, f"{_op_fact(mine.get(name))}, planned {_op_fact(planned.get(name))}")
+        for name in differing[:LISTED_OPS]
+    ]
+    more = len(differing) - LISTED_OPS
+    raise PlanError(
+        "the plan decides the ops of another model",
+        at=at + [("and more", f"{more} others")] * (more > 0) or [("ops", "in another order")],
+        remedy="plan this model on this grid",
+    )
+
+
+def _op_fact(found: tuple[str, tuple[str, ...]] | None) -> str:
+    return f"{found[0]} -> {', '.join(found[1])}" if found else "absent"
+
+
+def op_text(op: Op) -> str:
+    """Write the op of a call as plans do."""
+    return str(op.call.op).removeprefix("aten.").removesuffix(".default")
+
+
 def graph_digest(program: Program) -> str:
     """Return a digest of the ops of a program and of their plain arguments, devices left out."""
     text = [
@@ -321,4 +353,4 @@ def fx_leaves(node: fx.Node) -> list[Any]:
     return tree_leaves((list(node.args), dict(node.kwargs)))
 
 
-__all__ = ["Planned", "fingerprint", "graph_digest", "read_plan", "search_plan"]
+__all__ = ["Planned", "fingerprint", "graph_digest", "read_plan", "refuse_other_ops", "search_plan"]

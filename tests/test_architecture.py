@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FOLDERS = {"autotp": "autotp", "passes": "autotp.passes", "cost_model": "autotp.cost_model"}
 
-WORDS = {"errors", "grid", "layouts", "progress"}
+WORDS = {"errors", "grid", "layouts", "progress", "version"}
 PLANS = {
     "coverage",
     "formula",
@@ -19,7 +19,7 @@ PLANS = {
     "repeats",
     "report",
 }
-RUNTIME = {"axis", "collectives", "local_programs", "randomness", "ranks"}
+RUNTIME = {"axis", "liveness", "collectives", "local_programs", "randomness", "ranks"}
 
 # Each layer may import itself and those before it.
 LAYERS = ("words", "cost_model", "plans", "runtime", "passes", "api")
