@@ -307,7 +307,7 @@ def longest_sum(op: Op) -> int:
     read = _factors(dim for dims in signature.operands for dim in dims)
     made = _factors(dim for dims in signature.results for dim in dims)
     lacking = [read - made, *(made - _factors(dims) for dims in signature.operands)]
-    left_out = signature.whole | set(op.rule.split)
+    left_out = signature.whole | set(op.rule.own)
     return max(math.prod([signature.sizes[f] for f in absent - left_out]) for absent in lacking)
 
 

@@ -7,7 +7,9 @@
 
 The types are those of the `spmd_types` package. A shard may be blockwise: `parts` are the sizes of
 the blocks that lie side by side in the dim (the q, k and v of a fused projection), and every rank
-holds its chunk of each block. `MOVES` fixes what each change of type sends, forward and backward.
+holds its chunk of each block. An outer axis may hold whole blocks of a dim that an inner one splits
+inside: the b blocks of s rows of `(b s)` under `S(0), S(0:b*s)`. `MOVES` fixes what each change of
+type sends, forward and backward.
 """
 
 from __future__ import annotations
@@ -119,15 +121,25 @@ def dim_parts(size: int, layout: Layout, dim: int) -> tuple[int, ...]:
 
 def local_ranges(size: int, layout: Layout, dim: int, grid: Grid, coords: Coords) -> list[Range]:
     """Return the ranges of `dim`, in the whole tensor, that the rank at `coords` holds in order."""
-    out, start = [], 0
-    axes = splitters(layout, dim)
-    for part in dim_parts(size, layout, dim):
-        low, high = start, start + part
-        for axis in axes:
+    out = [(0, size)]
+    for axis in splitters(layout, dim):
+        chunks = []
+        for low, high in blocks_in(out, layout, axis):
             a, b = chunk(high - low, grid.sizes[axis], coords[axis])
-            low, high = low + a, low + b
-        out.append((low, high))
-        start += part
+            chunks.append((low + a, low + b))
+        out = chunks
+    return out
+
+
+def blocks_in(ranges: Sequence[Range], layout: Layout, axis: int) -> list[Range]:
+    """Cut `ranges` of a dim where a block of the axis that splits it ends."""
+    t = layout[axis]
+    assert isinstance(t, Shard)
+    ends = list(itertools.accumulate(t.parts))
+    out = []
+    for low, high in ranges:
+        cuts = [low, *(end for end in ends if low < end < high), high]
+        out += itertools.pairwise(cuts)
     return out
 
 
@@ -149,7 +161,10 @@ def largest_shape(shape: Sequence[int], layout: Layout, grid: Grid) -> Shape:
 
 
 def is_valid(shape: Sequence[int], layout: Layout, grid: Grid) -> bool:
-    """Say whether a tensor of `shape` can have `layout`: blocks even, no rank left with nothing."""
+    """Say whether a tensor of `shape` can have `layout`: blocks even, no rank left with nothing.
+
+    Outer axes of a dim may hold whole blocks of it, if all blocks are equal.
+    """
     for dim in {t.dim for t in layout if isinstance(t, Shard)}:
         if dim >= len(shape) or not _dim_is_valid(shape[dim], layout, dim, grid):
             return False
@@ -158,17 +173,26 @@ def is_valid(shape: Sequence[int], layout: Layout, grid: Grid) -> bool:
 
 def _dim_is_valid(size: int, layout: Layout, dim: int, grid: Grid) -> bool:
     axes = splitters(layout, dim)
-    all_parts = {t.parts for t in layout if isinstance(t, Shard) and t.dim == dim}
-    if len(all_parts) != 1:
-        return False
-    parts = all_parts.pop()
+    parts = dim_parts(size, layout, dim)
     ranks = math.prod(grid.sizes[a] for a in axes)
-    if parts:
-        return sum(parts) == size and all(p % ranks == 0 for p in parts)
+    if len(parts) > 1:
+        return _blocks_are_valid(size, layout, parts, axes, grid)
     if size % ranks == 0:
         return size > 0
     ranges = itertools.product(*(range(grid.sizes[a]) for a in axes))
     return all(_nested_size(size, axes, grid, index) > 0 for index in ranges)
+
+
+def _blocks_are_valid(
+    size: int, layout: Layout, parts: tuple[int, ...], axes: Sequence[int], grid: Grid
+) -> bool:
+    own = [t.parts for a in axes if isinstance(t := layout[a], Shard)]
+    outer = next(k for k, p in enumerate(own) if p)
+    holders, ranks = (math.prod(grid.sizes[a] for a in on) for on in (axes[:outer], axes[outer:]))
+    if outer and (len(set(parts)) > 1 or len(parts) % holders):
+        return False
+    same = all(p == parts for p in own[outer:])
+    return same and sum(parts) == size and all(p % ranks == 0 for p in parts)
 
 
 def _nested_size(size: int, axes: Sequence[int], grid: Grid, index: Sequence[int]) -> int:

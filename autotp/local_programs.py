@@ -20,49 +20,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from autotp.axis import Axis
 from autotp.errors import LayoutError
-from autotp.layouts import Range, chunk
+from autotp.parts import Axes, apply_function, my_range, owned, total_over, widened
 from autotp.randomness import RandomState, default_generator_seeded, keep_mask, site_seed
-
-Axes = tuple[Axis, ...]
-
-
-def _my_range(size: int, axes: Axes) -> Range:
-    """Return the range of a dim of `size` that this rank holds."""
-    low, high = 0, size
-    for axis in axes:
-        a, b = chunk(high - low, axis.size, axis.index)
-        low, high = low + a, low + b
-    return low, high
-
-
-def _total(x: Tensor, axes: Axes, op: str = "sum") -> Tensor:
-    """Return the sum (or max) of `x` over all ranks of `axes`; not differentiable."""
-    for axis in axes:
-        x = axis.all_reduce(x, op) if axis.size > 1 else x
-    return x
-
-
-def _wide(x: Tensor) -> Tensor:
-    """Return `x` in the precision that statistics are taken in."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-def _owned(indices: Tensor, mine: Range, size: int) -> Tensor:
-    """Say which `indices` into a dim of `size` lie in the range `mine`.
-
-    Raises RuntimeError, on the device, for an index that no rank owns.
-    """
-    known = ((indices >= 0) & (indices < size)).all()
-    torch._assert_async(known, f"an index lies outside a split dim of size {size}")
-    return (indices >= mine[0]) & (indices < mine[1])
-
-
-def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
-    out: Tensor = function.apply(*args)  # type: ignore[no-untyped-call]
-    return out
-
 
 # Embedding -------------------------------------------------------------------------------------
 
@@ -78,8 +38,8 @@ def vocab_embedding(
     size_v: int,
 ) -> Tensor:
     """Look up `"v d, ... -> ... d"` with v split: partial over `split_v`."""
-    low, high = _my_range(size_v, split_v)
-    mine = _owned(indices, (low, high), size_v)
+    low, high = my_range(size_v, split_v)
+    mine = owned(indices, (low, high), size_v)
     padding = padding_idx - low if low <= padding_idx < high else -1
     foreign = 0
     if scale_grad_by_freq:  # a row of its own, or foreign tokens would count as row 0's
@@ -131,7 +91,7 @@ def cross_entropy(
         rows, row_weight = _whole_rows(logits, target, weight, ignore_index, label_smoothing)
     if reduction != _MEAN:
         return rows if reduction == _NONE else rows.sum()
-    return (_wide(rows).sum() / _total(row_weight.sum(), split_t)).to(rows.dtype)
+    return (widened(rows).sum() / total_over(row_weight.sum(), split_t)).to(rows.dtype)
 
 
 def _whole_rows(
@@ -141,7 +101,7 @@ def _whole_rows(
     loss = torch.ops.aten.cross_entropy_loss
     rows = loss(logits, target, weight, _NONE, ignore_index, smoothing)
     valid = target != ignore_index
-    target_weight = 1 if weight is None else _wide(weight)[torch.where(valid, target, 0)]
+    target_weight = 1 if weight is None else widened(weight)[torch.where(valid, target, 0)]
     return rows, valid * target_weight
 
 
@@ -155,8 +115,8 @@ def _split_rows(
     axes: Axes,
 ) -> tuple[Tensor, Tensor]:
     """Return each row's loss and the weight it has in a mean, the classes split over `axes`."""
-    low, high = _my_range(classes, axes)
-    mine = _owned(torch.where(valid, target, 0), (low, high), classes) & valid
+    low, high = my_range(classes, axes)
+    mine = owned(torch.where(valid, target, 0), (low, high), classes) & valid
     at = torch.where(mine, target - low, 0)
     args = (logits, at, mine, valid, weight, classes, smoothing, axes)
     rows, row_weight = _RowLosses.apply(*args)  # type: ignore[no-untyped-call]
@@ -183,9 +143,9 @@ class _RowLosses(torch.autograd.Function):
         smoothing: float,
         axes: Axes,
     ) -> tuple[Tensor, Tensor]:
-        x = _wide(logits)
+        x = widened(logits)
         w = None if weight is None else weight.to(x.dtype)
-        top = _total(x.amax(1), axes, "max")
+        top = total_over(x.amax(1), axes, "max")
         sums = [(x - top.unsqueeze(1)).exp_().sum(1)]
         sums.append(x.gather(1, at.unsqueeze(1)).squeeze(1).masked_fill(~mine, 0))
         if w is not None:
@@ -193,7 +153,7 @@ class _RowLosses(torch.autograd.Function):
         if smoothing:
             sums.append(x.sum(1) if w is None else x @ w)
             sums.append(x.new_full((len(x),), x.shape[1]) if w is None else w.sum().expand(len(x)))
-        sums = list(_total(torch.stack(sums), axes))
+        sums = list(total_over(torch.stack(sums), axes))
         lse = sums[0].log() + top
         row_weight = valid.to(x.dtype) if w is None else sums[2]
         rows = (1 - smoothing) * row_weight * (lse - sums[1])
@@ -210,9 +170,9 @@ class _RowLosses(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         logits, at, mine, valid, weight, lse, row_weight, all_weight = ctx.saved_tensors
-        grad = (_wide(grad) * valid).unsqueeze(1)
+        grad = (widened(grad) * valid).unsqueeze(1)
         hit = (1 - ctx.smoothing) * row_weight.unsqueeze(1)
-        out = (_wide(logits) - lse.unsqueeze(1)).exp_()
+        out = (widened(logits) - lse.unsqueeze(1)).exp_()
         out.mul_(hit + ctx.uniform * all_weight)
         if ctx.uniform:
             out.sub_(ctx.uniform * (1.0 if weight is None else weight.to(out.dtype)))
@@ -236,7 +196,7 @@ def layer_norm(
 ) -> Tensor:
     """Normalise `"... d"` with its last dim split; of `normalized_shape` only the length counts."""
     where = (len(normalized_shape), size_d, eps, True, split_d)
-    return _apply(_Norm, x, weight, bias, *where)
+    return apply_function(_Norm, x, weight, bias, *where)
 
 
 def rms_norm(
@@ -249,9 +209,9 @@ def rms_norm(
     size_d: int,
 ) -> Tensor:
     """Divide `"... d"` by its root mean square with its last dim split."""
-    eps = torch.finfo(_wide(x).dtype).eps if eps is None else eps
+    eps = torch.finfo(widened(x).dtype).eps if eps is None else eps
     where = (len(normalized_shape), size_d, eps, False, split_d)
-    return _apply(_Norm, x, weight, None, *where)
+    return apply_function(_Norm, x, weight, None, *where)
 
 
 class _Norm(torch.autograd.Function):
@@ -274,11 +234,11 @@ class _Norm(torch.autograd.Function):
     ) -> Tensor:
         dims = tuple(range(x.ndim - ndim, x.ndim))
         count = size * x.shape[dims[0] : -1].numel()
-        wide, mean = _wide(x), None
+        wide, mean = widened(x), None
         if centered:
-            mean = _total(wide.sum(dims, keepdim=True), axes) / count
+            mean = total_over(wide.sum(dims, keepdim=True), axes) / count
             wide = wide - mean
-        scale = (_total(wide.square().sum(dims, keepdim=True), axes) / count + eps).rsqrt()
+        scale = (total_over(wide.square().sum(dims, keepdim=True), axes) / count + eps).rsqrt()
         ctx.save_for_backward(x, weight, mean, scale)
         ctx.dims, ctx.count, ctx.axes = dims, count, axes
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -292,12 +252,12 @@ class _Norm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, scale = ctx.saved_tensors
         dims, count = ctx.dims, ctx.count
-        xhat = (_wide(x) if mean is None else _wide(x) - mean) * scale
-        grad = _wide(grad)
+        xhat = (widened(x) if mean is None else widened(x) - mean) * scale
+        grad = widened(grad)
         h = grad if weight is None else grad * weight
         sums = [(h * xhat).sum(dims, keepdim=True)]
         sums += [] if mean is None else [h.sum(dims, keepdim=True)]
-        along, *flat = _total(torch.stack(sums), ctx.axes) / count
+        along, *flat = total_over(torch.stack(sums), ctx.axes) / count
         dx = h - xhat * along
         dx = (dx if not flat else dx - flat[0]) * scale
         shape, needed = x.shape[dims[0] :], ctx.needs_input_grad
@@ -313,14 +273,14 @@ def softmax(
     x: Tensor, dim: int, dtype: torch.dtype | None = None, *, split_d: Axes, size_d: int = 0
 ) -> Tensor:
     """Return the softmax over the split `dim`; `size_d` is not needed."""
-    return _apply(_Softmax, x if dtype is None else x.to(dtype), dim, False, split_d)
+    return apply_function(_Softmax, x if dtype is None else x.to(dtype), dim, False, split_d)
 
 
 def log_softmax(
     x: Tensor, dim: int, dtype: torch.dtype | None = None, *, split_d: Axes, size_d: int = 0
 ) -> Tensor:
     """Return the log of the softmax over the split `dim`; `size_d` is not needed."""
-    return _apply(_Softmax, x if dtype is None else x.to(dtype), dim, True, split_d)
+    return apply_function(_Softmax, x if dtype is None else x.to(dtype), dim, True, split_d)
 
 
 class _Softmax(torch.autograd.Function):
@@ -328,10 +288,10 @@ class _Softmax(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, log: bool, axes: Axes) -> Tensor:
-        wide = _wide(x)
-        centered = wide - _total(wide.amax(dim, keepdim=True), axes, "max")
+        wide = widened(x)
+        centered = wide - total_over(wide.amax(dim, keepdim=True), axes, "max")
         exp = centered.exp()
-        total = _total(exp.sum(dim, keepdim=True), axes)
+        total = total_over(exp.sum(dim, keepdim=True), axes)
         out = (centered - total.log() if log else exp / total).to(x.dtype)
         ctx.save_for_backward(out)
         ctx.dim, ctx.log, ctx.axes = dim, log, axes
@@ -341,9 +301,9 @@ class _Softmax(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (out,) = ctx.saved_tensors
-        y, g = _wide(out), _wide(grad)
+        y, g = widened(out), widened(grad)
         y = y.exp() if ctx.log else y
-        total = _total((g if ctx.log else g * y).sum(ctx.dim, keepdim=True), ctx.axes)
+        total = total_over((g if ctx.log else g * y).sum(ctx.dim, keepdim=True), ctx.axes)
         dx = g - y * total if ctx.log else y * (g - total)
         return dx.to(out.dtype), None, None, None
 
@@ -359,7 +319,7 @@ def dropout(
         return x
     if p == 1:
         return x * 0
-    return _apply(_Masked, x, keep_mask(x, p, rng, site, split), 1 / (1 - p))
+    return apply_function(_Masked, x, keep_mask(x, p, rng, site, split), 1 / (1 - p))
 
 
 class _Masked(torch.autograd.Function):

@@ -34,18 +34,32 @@ def type_text(shape: Sequence[int], layout: Layout, dtype: str, grid: Grid) -> s
     >>> grid = Grid(("row", "col"), (2, 2))
     >>> type_text((8, 768), (Shard(1, (256, 256, 256)), P), "float32", grid)
     'f32[8,3*256/row]{P:col}'
+    >>> type_text((64,), (Shard(0), Shard(0, (16,) * 4)), "float32", grid)
+    'f32[4/row*16/col]'
     """
     sizes = []
     for dim, size in enumerate(shape):
         parts = dim_parts(size, layout, dim)
-        text = str(size) if len(parts) == 1 else parts_text(parts)
-        axes = _axes(layout, dim, grid)
-        sizes.append((f"({text})" if "|" in text else text) + axes if axes else str(size))
+        outer, inner = _axes(layout, dim, grid)
+        if len(parts) == 1 or not inner:
+            sizes.append(f"{size}{outer}{inner}")
+        elif outer:
+            sizes.append(f"{len(parts)}{outer}*{parts[0]}{inner}")
+        else:
+            text = parts_text(parts)
+            sizes.append((f"({text})" if "|" in text else text) + inner)
     return f"{dtype_text(dtype)}[{','.join(sizes)}]{_whole_text(layout, grid)}"
 
 
-def _axes(layout: Layout, dim: int, grid: Grid) -> str:
-    return "".join(f"/{grid.names[a]}" for a in splitters(layout, dim) if grid.sizes[a] > 1)
+def _axes(layout: Layout, dim: int, grid: Grid) -> tuple[str, str]:
+    """Return the axes that hold whole blocks of a dim, and those that split inside them."""
+    axes = [a for a in splitters(layout, dim) if grid.sizes[a] > 1]
+    last = layout[axes[-1]] if axes else I
+    outer, inner = (
+        "".join(f"/{grid.names[a]}" for a in axes if (layout[a] == last) == same)
+        for same in (False, True)
+    )
+    return outer, inner
 
 
 def _whole_text(layout: Layout, grid: Grid) -> str:
@@ -75,8 +89,9 @@ def dims_text(
     """
     out = []
     for dim, (name, size) in enumerate(zip(dims, shape, strict=True)):
-        axes = _axes(layout, dim, grid)
-        out.append(_divided(name, axes, dim_parts(size, layout, dim), sizes) if axes else name)
+        outer, inner = _axes(layout, dim, grid)
+        name = _divided(name, inner, dim_parts(size, layout, dim), sizes) if inner else name
+        out.append(_divided(name, outer, (size,), sizes) if outer else name)
     return " ".join(out)
 
 

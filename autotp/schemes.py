@@ -38,6 +38,7 @@ inner      what lies between two linears of a block: heads, the MLP's width; and
 stream     the hidden dim, which every block reads and adds to
 batch      the first dim of the hidden states that no op needs whole
 sequence   the last one
+ring       the sequence of queries and that of keys, on one axis
 made       the dim that a linear or an embedding makes, its weight's own
 narrow     the dim that a linear contracts, where it is wider than what it makes
 I, R       nothing: every rank has the same
@@ -47,6 +48,7 @@ TENSOR: Role = ("inner", "I")
 TENSOR_SEQUENCE: Role = ("inner", "sequence", "I")
 BATCH: Role = ("batch", "R")
 HIDDEN: Role = ("stream", "I")
+RING: Role = ("ring", "sequence", "R")
 COLUMNS: Role = ("made", "inner", "stream", "I")
 COLUMNS_ABT: Role = ("narrow", *COLUMNS)
 
@@ -75,6 +77,7 @@ SCHEMES: dict[str, Scheme] = {
     "fsdp": Scheme(BATCH, BATCH, rest="sharded"),
     "megatron": Scheme(TENSOR, TENSOR),
     "megatron_sp": Scheme(TENSOR_SEQUENCE, TENSOR_SEQUENCE),
+    "ring_attention": Scheme(BATCH, RING),
     "summa": Scheme(BATCH, COLUMNS, rest="blocks"),
     "summa_abt": Scheme(BATCH, COLUMNS_ABT, rest="blocks"),
     "weight_stationary": Scheme(HIDDEN, TENSOR),
@@ -113,6 +116,16 @@ def megatron_sp(model: nn.Module, grid: Any, example_inputs: Any) -> Pins:
     Source: Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformers".
     """
     return scheme_pins("megatron_sp", model, grid, example_inputs)
+
+
+def ring_attention(model: nn.Module, grid: Any, example_inputs: Any) -> Pins:
+    """Return the pins that split the batch over the first axis and the sequence over the others.
+
+    Keys and values travel round a ring; parameters are repeated.
+
+    Source: Li et al. 2021, "Sequence Parallelism: Long Sequence Training from System Perspective".
+    """
+    return scheme_pins("ring_attention", model, grid, example_inputs)
 
 
 def summa(model: nn.Module, grid: Any, example_inputs: Any) -> Pins:
@@ -197,6 +210,10 @@ def _wanted(word: str, op: Op, anatomy: Anatomy) -> Iterator[str]:
         if product and (word == "made" or _narrows(op, product, anatomy)):
             factor = product.made if word == "made" else product.contracted
             yield from (name for name, way in ways.items() if factor in way)
+    elif word == "ring":
+        for name in ["+".join(group) for group in op.rule.groups(op.call)]:
+            if all(w.atom in anatomy.dims["sequence"] for w in ways.get(name, {}).values()):
+                yield name
     elif word in anatomy.dims:
         for name, way in ways.items():
             if any(w.atom in anatomy.dims[word] for w in way.values()):

@@ -6,6 +6,7 @@ summa_ab, summa_abt     g (q-1)/q^2 (7 T h + 12 h^2), and 4 T h where fc2 is C =
 weight_stationary       T h / (r c) (24 (r-1) + 8 (c-1))
 batch_tensor            8 (n-1)/n T h / a + 24 (a-1)/(a n) h^2, n = p / a
 fully_sharded           g (p-1)/p 12 h^2
+ring_attention          2 (3p-2)/p T h
 crossover               the tokens T = b s at which two of them are equal
 """
 
@@ -94,6 +95,14 @@ def fully_sharded(p: Expr = p, g: Expr = g) -> Expr:
     Source: Rajbhandari et al. 2020, "ZeRO", section 7.2 (g = 3).
     """
     return g * (p - 1) / p * 12 * h**2
+
+
+def ring_attention(p: Expr = p) -> Expr:
+    """Let keys and values pass p-1 ranks forward and backward, and their gradients p, to be home.
+
+    Source: Li et al. 2021, "Sequence Parallelism", section 3.2, arXiv 2105.13120.
+    """
+    return 2 * (3 * p - 2) / p * b * s * h
 
 
 def crossover(first: Expr, second: Expr) -> Expr | None:

@@ -46,9 +46,10 @@ class Strategy:
     operands: tuple[Layout, ...]
     results: tuple[Layout, ...]
 
-    def split_axes(self, factor: str) -> tuple[int, ...]:
-        """Return the axes that split `factor`, outermost first."""
-        return tuple(a for a, c in enumerate(self.choices) if factor in c.split)
+    def split_axes(self, factor: str, *, alone: bool = False) -> tuple[int, ...]:
+        """Return the axes that split `factor`, or it alone, outermost first."""
+        found = [(a, c.split) for a, c in enumerate(self.choices) if factor in c.split]
+        return tuple(a for a, split in found if not alone or len(split) == 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,7 @@ def _is_legal(strategy: Strategy, op: Op, grid: Grid) -> bool:
     """Check that blocks divide, and that every operand and result can have its layout."""
     for axis, choice in enumerate(strategy.choices):
         if choice.unit:
-            sharing = [a for a, c in enumerate(strategy.choices) if c.split == choice.split]
+            sharing = [a for a, c in enumerate(strategy.choices) if c.name == choice.name]
             if choice.unit % math.prod(grid.sizes[a] for a in sharing):
                 return False
         if choice.split and not _program_can(strategy, op, axis):
@@ -100,8 +101,8 @@ def _is_legal(strategy: Strategy, op: Op, grid: Grid) -> bool:
 
 
 def _program_can(strategy: Strategy, op: Op, axis: int) -> bool:
-    """A program's own factor may be split by several axes, but only in plain chunks."""
-    own = set(strategy.choices[axis].split) & set(op.rule.split)
+    """A program that needs ranges of a factor takes plain chunks of it, on one or several axes."""
+    own = set(strategy.choices[axis].split) & set(op.rule.own) - set(op.rule.blocks)
     if not own:
         return True
     return all(not (isinstance(t, Shard) and t.parts) for t in strategy.choices[axis].operands)
@@ -185,6 +186,15 @@ def _named_ways(op: Op, factors: Factors) -> Iterator[tuple[str, dict[str, Way]]
                 yield _way_name(factor, way, ways, factors), {factor: way}
     for row in rows:
         yield from _row_ways(op, row, factors)
+    for group in op.rule.groups(op.call):
+        if all(f in op.signature.sizes for f in group):
+            yield "+".join(group), {f: _chunks(op, f, factors) for f in group}
+
+
+def _chunks(op: Op, factor: str, factors: Factors) -> Way:
+    """Return the way that splits a factor as it is, whatever it is made of."""
+    size = op.signature.sizes[factor]
+    return Way(factors.atoms.find(factors.of_op[op.name, factor]), (size,), size, True)
 
 
 def _way_name(factor: str, way: Way, ways: Sequence[Way], factors: Factors) -> str:
@@ -213,8 +223,7 @@ def _split(op: Op, typing: Typing, ways: dict[str, Way], name: str) -> AxisChoic
         return None  # the factor stands twice in one tensor
     types = [shards[0] if shards else None for shards in held]
     operands, results = types[: len(sig.operands)], types[len(sig.operands) :]
-    inside_row = len(ways) > 1
-    plain = not inside_row and all(w.is_atom for w in ways.values())
+    plain = all(w.is_atom for w in ways.values())
     summed = all(sig.summed(f) for f in ways)
     programs = {op.rule.split[f] for f in ways if f in op.rule.split} if summed else set()
     if "S" in programs:

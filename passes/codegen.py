@@ -24,9 +24,10 @@ from autotp.layouts import (
     I,
     Layout,
     Shard,
-    dim_parts,
+    blocks_in,
     is_even,
     kind,
+    local_ranges,
     local_shape,
     local_size,
 )
@@ -198,11 +199,11 @@ def _target(e: _Emitter, op: Op, decision: Decision) -> tuple[Any, dict[str, Any
             for axis, factors in zip(e.grid.names, decision.split, strict=True)
             if factors
         )
-        return op.rule.program, {**_site(e), "split": split}
+        return op.rule.draw, {**_site(e), "split": split}
     if draws(op.call.op) and op.rule.random is None:
         return seeded_call, _site(e)
     extra: dict[str, Any] = {}
-    for factor in op.rule.split:
+    for factor in op.rule.own:
         axes = _splitting(e, decision, factor)
         if axes:
             extra[f"split_{factor}"] = tuple(_attribute(e, a) for a in axes)
@@ -364,10 +365,11 @@ def _gathered(
 ) -> tuple[tuple[int, ...], int | None]:
     """Return the blocks of `dim`, and its length if uneven, as they are without `axis`'s split."""
     without = tuple(I if a == axis else t for a, t in enumerate(layout))
-    parts = dim_parts(shape[dim], layout, dim)
-    size = local_size(shape[dim], without, dim, e.grid, e.coords)
+    ranges = local_ranges(shape[dim], without, dim, e.grid, e.coords)
+    parts = [b - a for a, b in blocks_in(ranges, layout, axis)]
+    size = sum(parts)
     if len(parts) > 1:
-        return tuple(p * size // shape[dim] for p in parts), None
+        return tuple(parts), None
     return (), None if is_even(shape, layout, e.grid) else size
 
 

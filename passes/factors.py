@@ -238,7 +238,7 @@ def infer_factors(network: Network, inputs: Sequence[str] = ()) -> Factors:
     for op in network.ops:
         _unify_op(op, atoms, of_op, of_value)
     for op in network.ops:
-        for factor in sorted(op.signature.whole - set(op.rule.split)):
+        for factor in sorted(op.signature.whole - set(op.rule.own)):
             atoms.whole.add(atoms.find(of_op[op.name, factor]))
     atoms.whole = {atoms.find(x) for x in atoms.whole}
     return Factors(atoms, of_op, of_value, _name_atoms(network, atoms, of_op, of_value, inputs))

@@ -128,10 +128,15 @@ def saved_positions(op: Op, typing: Typing) -> list[int]:
 
 
 def local_flops(op: Op, s: Strategy, grid: Grid) -> int:
-    """Return the forward flops of one rank: two per element of each contracted product."""
+    """Return the forward flops of one rank: two per element of each contracted product.
+
+    Of factors that split together only the first divides the work: a rank meets all of the others.
+    """
     sizes = op.signature.sizes
+    met = {f for group in op.rule.groups(op.call) for f in group[1:]}
     local = {
-        f: -(-n // math.prod(grid.sizes[a] for a in s.split_axes(f))) for f, n in sizes.items()
+        f: -(-n // math.prod(grid.sizes[a] for a in s.split_axes(f, alone=f in met)))
+        for f, n in sizes.items()
     }
     return _flops(op, local)
 

@@ -90,7 +90,9 @@ class Limits:
 
     def may_return(self, value: str, layout: Layout) -> bool:
         """Say whether the program may return an output in this layout."""
-        return is_owned(layout) if value in self.sharded else all(t is I for t in layout)
+        if value in self.sharded:
+            return is_owned(layout) and can_rest(layout)
+        return all(t is I for t in layout)
 
 
 @dataclass(slots=True)
@@ -289,9 +291,11 @@ def _resting_layouts(b: _Builder, v: Value) -> Column:
 
 
 def can_rest(layout: Layout) -> bool:
-    """A parameter rests in equal blocks only, on one axis: those DTensor can place."""
-    blocks = [t.parts for t in layout if isinstance(t, Shard) and t.parts]
-    return len(blocks) < 2 and all(len(set(parts)) == 1 for parts in blocks)
+    """A parameter rests in equal blocks only, of a dim of one axis: those DTensor can place."""
+    dims = [t.dim for t in layout if isinstance(t, Shard)]
+    blocks = [t for t in layout if isinstance(t, Shard) and t.parts]
+    alone = all(dims.count(t.dim) == 1 for t in blocks)
+    return alone and len(blocks) < 2 and all(len(set(t.parts)) == 1 for t in blocks)
 
 
 def _add_copy(b: _Builder, value: str) -> None:

@@ -20,7 +20,7 @@ def internal_traffic(
     training: bool,
 ) -> Iterator[tuple[int, str, int, int]]:
     """Yield (axis, collective, bytes, times) of all that the op's program sends on one rank."""
-    if op.rule.traffic is None or not any(f in op.rule.split for factors in split for f in factors):
+    if op.rule.traffic is None or not any(f in op.rule.own for factors in split for f in factors):
         return
     axes: dict[str, list[int]] = {}
     for axis, factors in enumerate(split):

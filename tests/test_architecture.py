@@ -19,7 +19,16 @@ PLANS = {
     "repeats",
     "report",
 }
-RUNTIME = {"axis", "liveness", "collectives", "local_programs", "randomness", "ranks"}
+RUNTIME = {
+    "axis",
+    "collectives",
+    "liveness",
+    "local_programs",
+    "parts",
+    "randomness",
+    "ranks",
+    "split_attention",
+}
 
 # Each layer may import itself and those before it.
 LAYERS = ("words", "cost_model", "plans", "runtime", "passes", "api")

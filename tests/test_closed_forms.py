@@ -60,6 +60,7 @@ FORMULAS = [
     ("fsdp", (1, 4), (1, p), cf.fully_sharded(g=2)),
     ("fsdp", (2, 2), (r, c), cf.fully_sharded(r * c, g=2)),
     ("data_parallel", (1, 4), (1, p), cf.batch_tensor(a=p, n=1)),
+    ("ring_attention", (1, 4), (1, p), cf.batch_tensor(a=p, n=1)),  # beside the ring
 ]
 
 
@@ -69,6 +70,15 @@ def test_a_layer_sends_what_the_formula_says(scheme, sizes, names, formula):
     ranks = dict(zip(grid.names, names, strict=True))
     layer = volume(3, scheme, grid, ranks) - volume(2, scheme, grid, ranks)
     assert sympy.simplify(layer - formula) == 0
+
+
+def test_a_ring_sends_what_its_formula_says():
+    grid, (program, network, factors) = as_grid((1, 4)), described(2)
+    pins = schemes.pins_of(schemes.SCHEMES["ring_attention"], program, network, factors, grid)
+    plan = search_plan(program, network, factors, grid, bandwidth_bound(), pins).plan
+    ring = [n for name, _, kind, n in plan.internal if kind == "permute" and ".0" in name]
+    elements = cf.ring_attention().subs({p: 4, b: B, s: S, h: H})
+    assert sum(ring) == 4 * elements > 0
 
 
 def test_every_scheme_has_a_formula():

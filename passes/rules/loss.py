@@ -74,6 +74,7 @@ rule(
     cross_entropy,
     saves=(0,),
     split={"t": "P", "v": "I"},
+    blocks=("t",),
     program=local_programs.cross_entropy,
     traffic=cross_entropy_traffic,
 )

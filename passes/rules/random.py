@@ -15,4 +15,4 @@ def draws(call: Call) -> bool:
     return bool(call.arg(2)) and call.arg(1) != 0.0
 
 
-rule(aten.dropout.default, "... -> ...", program=local_programs.dropout, random=draws, saves=(-1,))
+rule(aten.dropout.default, "... -> ...", random=draws, draw=local_programs.dropout, saves=(-1,))

@@ -82,10 +82,13 @@ class Rule:
 
     sentence  what may be split, as text or as a function of the call
     linear    how a partial sum passes: "all" operands together, "each" one alone, or those listed
-    split     factors that a local program splits, with its result's type there: "S", "P" or "I"
+    split     what a local program splits, with its result's type there, "S", "P" or "I": a factor,
+              or several that only split together, such as "s t"; the first shares out the work
     program   the local program; it takes the op's arguments and `split_f`, `size_f` per such factor
+    blocks    those of its factors that may split inside blocks too: it needs no ranges of them
     traffic   what the program sends inside, over the axes that split each factor
-    random    whether this call draws random numbers: its program takes `rng`, `split`, `site`
+    random    whether this call draws random numbers
+    draw      the program that draws them; it takes the op's arguments and `rng`, `split`, `site`
     localize  rewrites literal arguments from whole to local sizes
     average   whether a summed factor is averaged over: the partial is scaled by its share
     flops     products of factors, such as "b n s t d + b n s t e"; twice their sum is counted
@@ -98,13 +101,26 @@ class Rule:
     linear: LinearIn | Callable[[Call], LinearIn] = None
     split: Mapping[str, str] = field(default_factory=dict)
     program: Callable[..., Any] | None = None
+    blocks: tuple[str, ...] = ()
     traffic: Traffic | None = None
     random: Test | None = None
+    draw: Callable[..., Any] | None = None
     localize: Localize | None = None
     average: Test | None = None
     flops: str | None = None
     saves: tuple[int, ...] | None = None
     free: bool = False
+
+    @property
+    def own(self) -> tuple[str, ...]:
+        """The factors that the local program splits, alone or together with others."""
+        return tuple(dict.fromkeys(f for names in self.split for f in names.split()))
+
+    def groups(self, call: Call) -> list[tuple[str, ...]]:
+        """Return the factors that the local program splits together; none where it draws."""
+        drawing = self.random and self.random(call)
+        found = [tuple(names.split()) for names in self.split]
+        return [] if drawing else [group for group in found if len(group) > 1]
 
     def linear_in(self, call: Call) -> LinearIn:
         """Return how a partial sum passes through this call."""

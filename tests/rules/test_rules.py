@@ -30,11 +30,11 @@ def test_every_local_program_is_proved():
     wanted = {(rule.op, factor) for rule in rows() for factor in rule.split}
     programs = [call for call in CALLS if find(call[0]) and find(call[0]).split]
     split = {
-        (op, factor)
+        (op, name)
         for op, args, kwargs in programs
         for strategy in check_rule(op, args, kwargs, grids=LINES[:1])
         for choice in strategy.choices
-        for factor in choice.split
+        for name in (*choice.split, " ".join(choice.split))
     }
     assert wanted <= split
 
@@ -161,17 +161,18 @@ def test_random_pointwise_ops_have_no_rule():
     assert find(aten.rrelu.default) is None
 
 
-def test_causal_attention_splits_no_queries():
+def test_attention_splits_queries_alone_and_keys_with_them():
     q = x(2, 4, 6, 5)
-    assert splits(aten.scaled_dot_product_attention.default, q, q, q) == {"b", "n", "s"}
-    causal = (q, q, q, None, 0.0, True)
-    assert splits(aten.scaled_dot_product_attention.default, *causal) == {"b", "n"}
+    plain, causal = (q, q, q), (q, q, q, None, 0.0, True)
+    assert splits(aten.scaled_dot_product_attention.default, *plain) == {"b", "n", "s", "t"}
+    assert splits(aten.scaled_dot_product_attention.default, *causal) == {"b", "n", "s", "t"}
+    assert "t" not in choices(aten.scaled_dot_product_attention.default, *causal)
 
 
 def test_grouped_queries_split_by_key_heads_or_within_groups():
     q, k = x(2, 12, 3, 5), x(2, 6, 4, 5)
     found = splits(aten.scaled_dot_product_attention.default, q, k, k, enable_gqa=True)
-    assert found == {"b", "m", "g", "s"}
+    assert found == {"b", "m", "g", "s", "t"}
 
 
 @pytest.mark.parametrize(

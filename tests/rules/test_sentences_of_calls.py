@@ -93,13 +93,13 @@ def test_joins_splits_and_single_dims(op, args, sentence):
         (
             (4, 2),
             (2, 1, 3, 6),
-            "a2 (b2 c2) d3 [e5], a2 b2 [f6] [e5], a2 b2 [f6] [g5], a2 1 d3 [f6]"
+            "a2 (b2 c2) d3 [e5], a2 b2 [f6] [e5], a2 b2 [f6] [g5], a2 1 d3 [h6]"
             " -> a2 (b2 c2) d3 [g5]",
         ),
         (
             (4, 1),
             (1, 4, 1, 6),
-            "a2 b4 c3 [d5], a2 1 [e6] [d5], a2 1 [e6] [f5], 1 b4 1 [e6] -> a2 b4 c3 [f5]",
+            "a2 b4 c3 [d5], a2 1 [e6] [d5], a2 1 [e6] [f5], 1 b4 1 [g6] -> a2 b4 c3 [f5]",
         ),
     ],
     ids=["plain", "grouped", "grouped and masked", "one key head"],
