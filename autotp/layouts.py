@@ -136,7 +136,7 @@ def blocks_in(ranges: Sequence[Range], layout: Layout, axis: int) -> list[Range]
     t = layout[axis]
     assert isinstance(t, Shard)
     ends = list(itertools.accumulate(t.parts))
-    out = []
+    out: list[Range] = []
     for low, high in ranges:
         cuts = [low, *(end for end in ends if low < end < high), high]
         out += itertools.pairwise(cuts)

@@ -79,9 +79,12 @@ def _by_key_heads(
     """Return the operands with heads `(m g)` of queries as two dims, `m 1` of keys and values."""
     heads = key.shape[-3]
     if mask is not None and mask.ndim > 2:
-        one_head = mask.shape[-3] == 1
-        mask = mask.unsqueeze(-3) if one_head else mask.unflatten(-3, (heads, -1))
-    return query.unflatten(-3, (heads, -1)), key.unsqueeze(-3), value.unsqueeze(-3), mask
+        mask = mask.unsqueeze(-3) if mask.shape[-3] == 1 else _grouped(mask, heads)
+    return _grouped(query, heads), key.unsqueeze(-3), value.unsqueeze(-3), mask
+
+
+def _grouped(x: Tensor, heads: int) -> Tensor:
+    return x.reshape(*x.shape[:-3], heads, -1, *x.shape[-2:])
 
 
 # The ring --------------------------------------------------------------------------------------
@@ -138,8 +141,8 @@ class _Wire:
     def open(self, wire: Tensor, columns: Range) -> tuple[Tensor, Tensor]:
         """Return both as views, as long as they are."""
         length = columns[1] - columns[0]
-        first, second = wire.split([math.prod(shape) for shape in self.shapes])
-        key, value = first.view(self.shapes[0]), second.view(self.shapes[1])
+        at = math.prod(self.shapes[0])
+        key, value = wire[:at].view(self.shapes[0]), wire[at:].view(self.shapes[1])
         return key.narrow(-2, 0, length), value.narrow(-2, 0, length)
 
 
@@ -159,9 +162,9 @@ class _Ring(torch.autograd.Function):
         size: int,
     ) -> Tensor:
         wire, q = _Wire(key, value, axes, size), widened(query) * scale
-        lead = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
-        top = q.new_full((*lead, query.shape[-2], 1), -math.inf)
-        total, out = torch.zeros_like(top), q.new_zeros((*top.shape[:-1], value.shape[-1]))
+        rows, lead = query.shape[-2], _common_lead(query, key, value)
+        top = q.new_full((*lead, rows, 1), -math.inf)
+        total, out = torch.zeros_like(top), q.new_zeros((*lead, rows, value.shape[-1]))
         held = [wire.pack(key, value)]
         for columns in _travel(held, axes, size):
             if causal and columns[0] >= causal[1]:
@@ -207,6 +210,11 @@ class _Ring(torch.autograd.Function):
         dq = (dq * scale).sum_to_size(query.shape)
         dmask = None if dmask is None else dmask.to(mask.dtype)
         return (dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype), dmask, *(None,) * 4)
+
+
+def _common_lead(*operands: Tensor) -> torch.Size:
+    """Return the dims before rows and features, broadcast."""
+    return torch.broadcast_tensors(*(x[..., :1, :1] for x in operands))[0].shape[:-2]
 
 
 def _scores(
