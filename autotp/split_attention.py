@@ -214,7 +214,8 @@ class _Ring(torch.autograd.Function):
 
 def _common_lead(*operands: Tensor) -> torch.Size:
     """Return the dims before rows and features, broadcast."""
-    return torch.broadcast_tensors(*(x[..., :1, :1] for x in operands))[0].shape[:-2]
+    first, *rest = (x[..., :1, :1] for x in operands)
+    return sum(rest, first).shape[:-2]
 
 
 def _scores(
