@@ -7,6 +7,7 @@ from autotp.cost_model.cluster import Cluster
 from autotp.errors import AutotpError
 from autotp.full_state import full_state_dict
 from autotp.grid import Grid
+from autotp.passes.custom import rule
 from autotp.plan import Plan
 from autotp.version import VERSION as __version__
 
@@ -21,5 +22,6 @@ __all__ = [
     "full_state_dict",
     "parallelize",
     "plan",
+    "rule",
     "schemes",
 ]

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from autotp.grid import Grid
 from autotp.layouts import I, Layout, Shard, dim_parts, parts_text, splitters
-from autotp.plan import Decision
+from autotp.plan import Decision, Memory
 
 SHORT = (("float", "f"), ("bfloat", "bf"), ("uint", "u"), ("int", "i"), ("complex", "c"))
 
@@ -159,3 +159,14 @@ def bytes_text(size_bytes: float) -> str:
 def amount_text(number: float) -> str:
     """Write a number with three digits, never with an exponent."""
     return f"{number:.0f}" if number >= 99.95 else f"{number:.3g}"
+
+
+def memory_text(m: Memory) -> str:
+    """Write the bytes of one rank, all and by what they hold."""
+    parts = (
+        ("parameters", m.parameters),
+        ("gradients", m.gradients),
+        ("optimizer", m.optimizer),
+        ("activations", m.activations),
+    )
+    return f"{bytes_text(m.total)}: {', '.join(f'{name} {bytes_text(n)}' for name, n in parts)}"

@@ -139,6 +139,7 @@ class Plan:
 
     model      what the plan belongs to: inputs, parameters and their shapes
     internal   bytes that local programs send themselves: (op name, axis, collective, bytes)
+    notes      dims that one would expect to be split and that an axis does not divide
     outputs    the layout in which each output is returned before it is handed to the user
     alternatives   plans again with one op made to choose otherwise; a loaded plan has none
     """
@@ -159,6 +160,7 @@ class Plan:
     search_s: float = field(compare=False)
     method: str = ""
     unruled: tuple[tuple[str, int], ...] = ()
+    notes: tuple[str, ...] = ()
     alternatives: Alternatives | None = field(default=None, compare=False, repr=False)
 
     def __getitem__(self, name: str) -> Decision:

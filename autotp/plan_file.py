@@ -41,6 +41,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "lower_bound_s": plan.lower_bound_s,
         "method": plan.method,
         "unruled": [list(row) for row in plan.unruled],
+        "notes": list(plan.notes),
     }
 
 
@@ -112,6 +113,7 @@ def _read(data: Mapping[str, Any]) -> Plan:
         search_s=0.0,
         method=data["method"],
         unruled=tuple((op, n) for op, n in data["unruled"]),
+        notes=tuple(data["notes"]),
     )
 
 

@@ -15,7 +15,7 @@ from fractions import Fraction
 
 from autotp.errors import PlanError
 from autotp.formula import formula_text, layer_formula, repeated_layer, symbol_sizes
-from autotp.notation import bytes_text, choice_text, seconds_text, type_text
+from autotp.notation import bytes_text, choice_text, memory_text, seconds_text, type_text
 from autotp.plan import Alternative, Plan
 from autotp.program_text import program_lines
 from autotp.repeats import Section, place_moves, sections
@@ -75,10 +75,11 @@ def _totals(plan: Plan) -> list[str]:
         ("time", _time_text(plan)),
         ("sent", _sent_text(plan)),
         ("layer", _layer_text(plan)),
-        ("memory", _memory_text(plan)),
+        ("memory", memory_text(plan.memory)),
         ("split", str(plan.coverage()) if plan.grid.world_size > 1 else ""),
         ("unruled", ", ".join(f"{op} x {n}, run whole" for op, n in plan.unruled)),
     ]
+    rows += [("note", note) for note in plan.notes]
     return ["one step, per rank", *(f"  {name:<8} {text}" for name, text in rows if text)]
 
 
@@ -110,17 +111,6 @@ def _layer_text(plan: Plan) -> str:
     sizes = symbol_sizes(plan, layer_only=True)
     where = ", ".join(f"{symbol}={n}" for symbol, n in sizes.items())
     return f"{formula_text(formula)} elements sent in each of {layer.name} ({where})"
-
-
-def _memory_text(plan: Plan) -> str:
-    m = plan.memory
-    parts = (
-        ("parameters", m.parameters),
-        ("gradients", m.gradients),
-        ("optimizer", m.optimizer),
-        ("activations", m.activations),
-    )
-    return f"{bytes_text(m.total)}: {', '.join(f'{name} {bytes_text(n)}' for name, n in parts)}"
 
 
 # Explanations ------------------------------------------------------------------------------------

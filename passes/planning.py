@@ -22,10 +22,12 @@ from autotp.cost_model.memory import ADAMW_STATES
 from autotp.errors import BudgetError, PlanError
 from autotp.grid import Grid
 from autotp.layouts import I, Layout
+from autotp.notation import bytes_text, memory_text
 from autotp.passes.explain import RunnersUp
 from autotp.passes.factors import Factors
 from autotp.passes.moves import Moves, MoveTable
 from autotp.passes.network import Network, Op, Value
+from autotp.passes.notes import notes_of
 from autotp.passes.pins import (
     PinFilter,
     Pins,
@@ -38,7 +40,7 @@ from autotp.passes.pricing import RESULT, Table, saved_positions, typing_of, who
 from autotp.passes.problem import Problem
 from autotp.passes.program import Program
 from autotp.passes.schedule import needs_of, schedule
-from autotp.passes.search import Solution, solve
+from autotp.passes.search import SMALLEST, Solution, smallest, solve
 from autotp.passes.strategies import Limits, Model, build_model
 from autotp.passes.traffic import internal_traffic
 from autotp.plan import Decision, Memory, Plan, Resting
@@ -98,7 +100,8 @@ def search_plan(
     ops = {program.names[op.name]: op.name for op in network.ops}
     runners_up = RunnersUp(model, solution, ops, budget(cluster), read)
     with stage("schedule"):
-        plan = replace(read(solution), alternatives=runners_up)
+        notes = notes_of(program, network, factors, grid)
+        plan = replace(read(solution), alternatives=runners_up, notes=notes)
     return Planned(plan, network, factors, model, solution)
 
 
@@ -112,25 +115,37 @@ def solve_within(
 
     Raises BudgetError where no plan fits.
     """
-    solution = solve(problem, limit)
-    spent_s, totals = solution.seconds, []
-    while limit is not None and np.isfinite(solution.cost_s):
-        totals.append(read(solution).memory.total)
-        if totals[-1] <= limit:
-            break
+    if limit is None:
+        return solve(problem)
+    asked, spent_s, bound_s = limit, 0.0, None
+    while True:
         try:
-            solution = solve(problem, solution.memory_bytes - (totals[-1] - limit))
+            solution = solve(problem, asked)
         except BudgetError:
-            raise _over_budget(limit, min(totals)) from None
+            solution = smallest(problem)
+        if not np.isfinite(solution.cost_s):
+            return solution
         spent_s += solution.seconds
-    return replace(solution, seconds=spent_s)
+        bound_s = solution.lower_bound_s if bound_s is None else bound_s
+        memory = read(solution).memory
+        if memory.total <= limit:
+            return replace(solution, seconds=spent_s, lower_bound_s=bound_s)
+        if solution.method == SMALLEST:
+            raise _over_budget(limit, memory)
+        asked = solution.memory_bytes - (memory.total - limit)
 
 
-def _over_budget(limit: float, least: int) -> BudgetError:
+def _over_budget(limit: float, least: Memory) -> BudgetError:
     return BudgetError(
-        f"no plan was found that fits {limit / 1e9:.6g} GB per rank",
-        at=[("smallest", f"{least / 1e9:.6g} GB is what the smallest plan found needs")],
-        remedy=f"a budget of {least} bytes, or more ranks",
+        f"no plan was found that fits {bytes_text(limit)} per rank",
+        at=[
+            ("smallest plan", memory_text(least)),
+            ("budget", f"{bytes_text(limit)}, {bytes_text(least.total - limit)} too little"),
+        ],
+        remedy=(
+            f"a budget of {least.total} bytes or more: cluster.memory_bytes={least.total}",
+            "more ranks, a smaller batch, or fewer trained parameters",
+        ),
     )
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from autotp.passes.budget import within
 from autotp.passes.minimum import Found, Orders, minimise
-from autotp.passes.problem import Problem
+from autotp.passes.problem import Problem, only_memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class Solution:
 
     lower_bound_s   what no choice (within the budget) beats; equal to cost_s where it is exact
     width           the most neighbours that an eliminated variable had
-    method          "elimination", "mini-buckets", "ilp", "lagrange" or "lagrange+ilp"
+    method          "elimination", "mini-buckets", "ilp", "lagrange", "lagrange+ilp" or "smallest"
     """
 
     choice: tuple[int, ...]
@@ -63,4 +63,24 @@ def solve(
     )
 
 
-__all__ = ["Problem", "Solution", "solve"]
+SMALLEST = "smallest"
+"""The method of the choice of least memory, whatever it costs."""
+
+
+def smallest(problem: Problem, *, max_table: int = 2**24) -> Solution:
+    """Return the choice that needs the least memory."""
+    start = time.process_time()
+    found = minimise(only_memory(problem), Orders(max_table))
+    cost_s = problem.seconds(found.choice)
+    return Solution(
+        choice=found.choice,
+        cost_s=cost_s,
+        lower_bound_s=cost_s,
+        memory_bytes=problem.bytes(found.choice),
+        width=found.width,
+        method=SMALLEST,
+        seconds=time.process_time() - start,
+    )
+
+
+__all__ = ["SMALLEST", "Problem", "Solution", "smallest", "solve"]

@@ -139,10 +139,20 @@ _TABLE: dict[Op, Rule] = {}
 
 def rule(op: Op, sentence: str | Callable[[Call], Text], **facts: Any) -> Rule:
     """Enter one row and return it. Raises RuleError when the op has one already."""
-    if op in _TABLE:
-        raise RuleError(f"{op} has a rule already", remedy="give each op one rule")
-    _TABLE[op] = Rule(op, sentence, **facts)
-    return _TABLE[op]
+    return enter(Rule(op, sentence, **facts))
+
+
+def enter(row: Rule) -> Rule:
+    """Enter a row and return it. Raises RuleError when the op has one already."""
+    if row.op in _TABLE:
+        raise RuleError(f"{row.op} has a rule already", remedy="give each op one rule")
+    _TABLE[row.op] = row
+    return row
+
+
+def forget(op: Op) -> None:
+    """Take the row of an op out, if it has one."""
+    _TABLE.pop(op, None)
 
 
 def find(op: Op) -> Rule | None:
