@@ -26,7 +26,7 @@ from autotp.comparison import (
     finite_largest,
 )
 from autotp.divergence import first_divergence
-from autotp.errors import AutotpError, LayoutError
+from autotp.errors import LayoutError
 from autotp.grid import Grid, as_grid
 from autotp.layouts import I, Layout, layout_text
 from autotp.passes.capture import capture
@@ -91,8 +91,6 @@ def prepare(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
     }
-    if any(t.is_meta for t in members.values()):
-        raise AutotpError("a check needs weights", remedy="build the model off the meta device")
     state = {name: t.detach().clone() for name, t in members.items()}
     with torch.random.fork_rng(_devices(state)), torch.enable_grad():
         program = capture(model, args, kwargs, train=model.training)
