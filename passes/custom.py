@@ -70,7 +70,7 @@ def _overload(name: str) -> OpOverload:
     namespace, colons, rest = name.partition("::")
     short, _, overload = rest.partition(".")
     packet = getattr(getattr(torch.ops, namespace), short, None) if colons else None
-    known = packet.overloads() if isinstance(packet, OpOverloadPacket) else []
+    known = _overloads(packet) if isinstance(packet, OpOverloadPacket) else []
     wanted = overload or (known[0] if len(known) == 1 else "default")
     if wanted not in known:
         fact = f"has the overloads {', '.join(known)}" if known else "is not defined"
@@ -81,6 +81,10 @@ def _overload(name: str) -> OpOverload:
         )
     found: OpOverload = getattr(packet, wanted)
     return found
+
+
+def _overloads(packet: OpOverloadPacket) -> list[str]:
+    return [str(name) for name in packet.overloads()]  # type: ignore[no-untyped-call]
 
 
 def _refuse_second(op: OpOverload, replace: bool) -> None:
