@@ -225,8 +225,8 @@ def _split(op: Op, typing: Typing, ways: dict[str, Way], name: str) -> AxisChoic
     operands, results = types[: len(sig.operands)], types[len(sig.operands) :]
     plain = all(w.is_atom for w in ways.values())
     summed = all(sig.summed(f) for f in ways)
-    programs = {op.rule.split[f] for f in ways if f in op.rule.split} if summed else set()
-    if "S" in programs:
+    programs = {op.rule.split[f] for f in ways if f in op.rule.split}
+    if summed and "S" in programs:
         return None  # the program's result has the factor: it cannot be summed away
     missing = I if "I" in programs else P
     return AxisChoice(

@@ -2,6 +2,7 @@
 
 from autotp.passes.rules import (
     attention,
+    convolution,
     creation,
     einsum,
     index,
@@ -23,6 +24,7 @@ __all__ = [
     "Signature",
     "Tensor",
     "attention",
+    "convolution",
     "creation",
     "draws",
     "einsum",

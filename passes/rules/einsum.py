@@ -1,4 +1,4 @@
-"""Rules of matrix products and convolutions: multilinear, a contracted factor leaves a partial."""
+"""Rules of matrix products: multilinear, a contracted factor leaves a partial."""
 
 from __future__ import annotations
 
@@ -44,42 +44,10 @@ def einsum(call: Call) -> str:
     return spaced.replace(".", "...").replace("- >", "->").replace(" ,", ",")
 
 
-def conv(call: Call) -> str:
-    """Batch and channels may split, space is whole; grouped convolutions split their batch only."""
-    image, kernel = call.operands[:2]
-    assert image is not None and kernel is not None
-    space = len(kernel.shape) - 2
-    b = "b" if len(image.shape) == len(kernel.shape) else ""
-    x, k, y = (" ".join(f"[{c}{i}]" for i in range(space)) for c in "xky")
-    if call.arg(6, 1) != 1:
-        return f"{b} [c] {x}, [o] [i] {k}, +[o] -> {b} [o] {y}"
-    return f"{b} i {x}, o i {k}, +o -> {b} o {y}"
-
-
-def conv_transpose(call: Call) -> str:
-    """As a convolution, with the kernel's channels exchanged."""
-    kernel = call.operands[1]
-    assert kernel is not None
-    left, right = conv(call).split(" -> ")
-    image, _kernel, bias = left.split(", ")
-    i, o = ("[c]", "[i]") if call.arg(6, 1) != 1 else ("i", "o")
-    space = " ".join(f"[k{d}]" for d in range(len(kernel.shape) - 2))
-    return f"{image}, {i} {o} {space}, {bias} -> {right}"
-
-
-def conv_flops(space: int) -> str:
-    """One product per output element, input channel and kernel element."""
-    return "b o i " + " ".join(f"k{i} y{i}" for i in range(space))
-
-
 rule(aten.addmm.default, addmm, linear="each")
 rule(aten.baddbmm.default, baddbmm, linear="each")
+rule(aten.bilinear.default, "... i, ... j, o i j, +o -> ... o", linear="each")
 rule(aten.bmm.default, "z s i, z i t -> z s t", linear="each")
-rule(aten.conv1d.default, conv, linear="each", flops=conv_flops(1))
-rule(aten.conv2d.default, conv, linear="each", flops=conv_flops(2))
-rule(aten.conv3d.default, conv, linear="each", flops=conv_flops(3))
-rule(aten.conv_transpose1d.default, conv_transpose, linear="each", flops="b i o x0 k0")
-rule(aten.conv_transpose2d.input, conv_transpose, linear="each", flops="b i o x0 x1 k0 k1")
 rule(aten.dot.default, "i, i -> ", linear="each")
 rule(aten.einsum.default, einsum, linear="each")
 rule(aten.linear.default, "... i, o i, +o -> ... o", linear="each")

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import torch
 
-from autotp import local_programs
-from autotp.passes.rules.table import Call, Message, Ranks, Text, letters, rule, wide_bytes
+from autotp import local_programs, local_statistics
+from autotp.passes.rules.table import (
+    Call,
+    Message,
+    Ranks,
+    Text,
+    letters,
+    replace_arg,
+    rule,
+    wide_bytes,
+)
 
 aten = torch.ops.aten
 
@@ -29,33 +39,41 @@ def along(call: Call) -> str:
     return f"{' '.join(names)} -> {' '.join(names)}"
 
 
+def channels(call: Call) -> str:
+    """Batch, channels and space may split; what is made beside has channels too, if anything."""
+    assert call.operands[0] is not None
+    x = " ".join(["n", "c", *(f"x{k}" for k in range(len(call.operands[0].shape) - 2))])
+    made = ["c" if r.shape[0] else "[none]" for r in call.results[1:]]
+    return f"{', '.join([x, *('c' for _ in call.operands[1:])])} -> {', '.join([x, *made])}"
+
+
 def batch_statistics(call: Call) -> str:
     """Channels may split; in training the statistics need every other dim whole."""
+    text = channels(call)
+    return re.sub(r"\b(n|x\d)\b", r"[\1]", text) if call.arg(5) else text
+
+
+def instance(call: Call) -> str:
+    """Batch and channels may split; where statistics are taken, space is whole."""
+    text = channels(call)
+    return re.sub(r"\b(x\d)\b", r"[\1]", text) if call.arg(5) else text
+
+
+def groups(call: Call) -> Text:
+    """Batch and groups may split; the channels of a group and its space are whole."""
     assert call.operands[0] is not None
-    training = call.arg(5)
-    rest = [f"x{k}" for k in range(len(call.operands[0].shape) - 2)]
-    dims = ["n", "c", *rest]
-    x = " ".join(d if d == "c" or not training else f"[{d}]" for d in dims)
-    channel = "".join(", c" for _ in call.operands[1:])
-    return f"{x}{channel} -> {x}"
-
-
-def batch_statistics_made(call: Call) -> str:
-    """Channels may split; it makes statistics of the batch, if any, and new running ones."""
-    assert call.operands[0] is not None
-    rest = " ".join(f"[x{k}]" for k in range(len(call.operands[0].shape) - 2))
-    x = f"[n] c {rest}"
-    channel = ["c" for _ in call.operands[1:]]
-    made = ["c" if r.shape[0] else "[none]" for r in call.results[1:]]
-    return f"{', '.join([x, *channel])} -> {', '.join([x, *made])}"
-
-
-def groups(call: Call) -> str:
-    """Batch may split; the channels of a group and its space are whole."""
-    assert call.operands[0] is not None
+    many = call.operands[0].shape[1] // call.arg(1)
+    c = "(g [k])" if many > 1 else "g"
     space = " ".join(f"[x{k}]" for k in range(len(call.operands[0].shape) - 2))
-    channel = "".join(", [c]" for _ in call.operands[1:])
-    return f"n [c] {space}{channel} -> n [c] {space}"
+    channel = "".join(f", {c}" for _ in call.operands[1:])
+    return f"n {c} {space}{channel} -> n {c} {space}", {"g": call.arg(1)}
+
+
+def group_count(whole: Call, local: Call) -> tuple[Any, ...]:
+    """Write the number of groups that are here."""
+    before, here = whole.operands[0], local.operands[0]
+    assert before is not None and here is not None
+    return replace_arg(local, 1, whole.arg(1) * here.shape[1] // before.shape[1])
 
 
 def rows_bytes(call: Call) -> int:
@@ -78,6 +96,16 @@ def rms_norm_traffic(call: Call, _ranks: Ranks) -> list[Message]:
     return [Message("d", rows), Message("d", rows, backward=True)]
 
 
+def batch_norm_traffic(call: Call, ranks: Ranks) -> list[Message]:
+    """Mean and variance forward, two sums at once backward, over all axes but the channels'."""
+    x = call.operands[0]
+    assert x is not None
+    size = x.shape[1] * wide_bytes(x.dtype)
+    over = [factor for factor in ranks if factor != "c"]
+    forward = [Message(factor, size, times=2) for factor in over]
+    return [*forward, *(Message(factor, 2 * size, backward=True) for factor in over)]
+
+
 def softmax_traffic(call: Call, _ranks: Ranks) -> list[Message]:
     """The maximum and the sum forward, one sum backward."""
     rows = rows_bytes(call)
@@ -89,6 +117,11 @@ LAYER_NORM: dict[str, Any] = {
     "program": local_programs.layer_norm,
     "traffic": layer_norm_traffic,
 }
+BATCH_NORM: dict[str, Any] = {
+    "split": dict.fromkeys(("n", "x0", "x1", "x2"), "I"),
+    "traffic": batch_norm_traffic,
+    "saves": (0,),
+}
 RMS_NORM: dict[str, Any] = {
     "split": {"d": "S"},
     "program": local_programs.rms_norm,
@@ -96,9 +129,22 @@ RMS_NORM: dict[str, Any] = {
 }
 SOFTMAX: dict[str, Any] = {"split": {"d": "S"}, "traffic": softmax_traffic, "saves": (-1,)}
 
-rule(aten._native_batch_norm_legit_functional.default, batch_statistics_made, saves=(0,))
+rule(
+    aten._native_batch_norm_legit.no_stats,
+    channels,
+    program=local_statistics.batch_norm_untracked,
+    **BATCH_NORM,
+)
+rule(
+    aten._native_batch_norm_legit_functional.default,
+    channels,
+    program=local_statistics.batch_norm,
+    **BATCH_NORM,
+)
+rule(aten._native_batch_norm_legit_no_training.default, channels, saves=(0,))
 rule(aten.batch_norm.default, batch_statistics, saves=(0,))
-rule(aten.group_norm.default, groups, saves=(0,))
+rule(aten.group_norm.default, groups, localize=group_count, saves=(0,))
+rule(aten.instance_norm.default, instance, saves=(0,))
 rule(aten.layer_norm.default, normalised, saves=(0,), **LAYER_NORM)
 rule(aten.log_softmax.int, along, program=local_programs.log_softmax, **SOFTMAX)
 rule(aten.rms_norm.default, normalised, saves=(0,), **RMS_NORM)

@@ -73,6 +73,29 @@ FAMILIES = {
             (x(12, 3, 5), x(6, 4, 5), x(6, 4, 5), {"enable_gqa": True}),
         ]
     ],
+    "convolution": lambda: [
+        (aten.conv1d.default, x(4, 6, 7), x(8, 6, 3), x(8), [1], [1]),
+        (aten.conv1d.default, x(4, 6, 7), x(6, 1, 3), x(6), [1], [1], [1], 6),
+        (aten.conv1d.default, x(6, 7), x(8, 6, 3), x(8)),
+        (aten.conv2d.default, x(4, 3, 6, 6), x(6, 3, 2, 2), x(6), [2, 2]),
+        (aten.conv2d.default, x(4, 3, 6, 6), x(6, 3, 2, 2)),
+        (aten.conv2d.default, x(4, 6, 4, 4), x(6, 2, 2, 2), None, [1, 1], [0, 0], [1, 1], 3),
+        (aten.conv3d.default, x(2, 3, 3, 3, 3), x(4, 3, 2, 2, 2), x(4)),
+        (aten.conv_transpose1d.default, x(4, 6, 5), x(6, 8, 3), x(8), [2]),
+        (aten.conv_transpose1d.default, x(4, 6, 5), x(6, 2, 3), x(4), [1], [0], [0], 2),
+        (aten.conv_transpose1d.default, x(6, 5), x(6, 8, 3)),
+        (aten.conv_transpose2d.input, x(4, 6, 3, 3), x(6, 8, 2, 2), x(8), [2, 2]),
+        (aten.conv1d.default, x(4, 6, 7), x(12, 1, 3), x(12), [1], [1], [1], 6),
+        (aten.conv1d.default, x(5, 7, 4), x(7, 1, 2), None, [1], [0], [1], 7),
+        (aten.conv1d.padding, x(4, 6, 7), x(8, 6, 3), x(8), [1], "same"),
+        (aten.conv2d.default, x(4, 12, 4, 4), x(8, 3, 2, 2), x(8), [1, 1], [0, 0], [1, 1], 4),
+        (aten.conv2d.default, x(2, 8, 4, 4), x(2, 4, 2, 2), x(2), [1, 1], [0, 0], [1, 1], 2),
+        (aten.conv2d.padding, x(4, 6, 5, 5), x(6, 2, 2, 3), None, [1, 1], "valid", [1, 1], 3),
+        (aten.conv3d.padding, x(2, 4, 3, 3, 3), x(4, 2, 2, 2, 2), x(4), [1] * 3, "same", [1] * 3, 2),
+        (aten.conv_transpose1d.default, x(4, 6, 5), x(6, 1, 3), x(6), [2], [0], [0], 6),
+        (aten.conv_transpose2d.input, x(4, 8, 3, 3), x(8, 3, 2, 2), x(12), [2, 2], [0, 0], [0, 0], 4),
+        (aten.conv_transpose3d.input, x(2, 4, 2, 2, 2), x(4, 6, 2, 2, 2), x(6), [2] * 3),
+    ],
     "creation": lambda: [
         (aten.full_like.default, x(4, 6), 3.0),
         (aten.new_full.default, x(4, 6), [2, 6], 3.0),
@@ -92,18 +115,8 @@ FAMILIES = {
         (aten.baddbmm.default, x(3, 4, 6), x(3, 4, 8), x(3, 8, 6)),
         (aten.baddbmm.default, x(1, 4, 6), x(3, 4, 8), x(3, 8, 6)),
         (aten.baddbmm.default, x(6), x(3, 4, 8), x(3, 8, 6)),
+        (aten.bilinear.default, x(4, 6), x(4, 8), x(5, 6, 8), x(5)),
         (aten.bmm.default, x(3, 4, 8), x(3, 8, 5)),
-        (aten.conv1d.default, x(4, 6, 7), x(8, 6, 3), x(8), [1], [1]),
-        (aten.conv1d.default, x(4, 6, 7), x(6, 1, 3), x(6), [1], [1], [1], 6),
-        (aten.conv1d.default, x(6, 7), x(8, 6, 3), x(8)),
-        (aten.conv2d.default, x(4, 3, 6, 6), x(6, 3, 2, 2), x(6), [2, 2]),
-        (aten.conv2d.default, x(4, 3, 6, 6), x(6, 3, 2, 2)),
-        (aten.conv2d.default, x(4, 6, 4, 4), x(6, 2, 2, 2), None, [1, 1], [0, 0], [1, 1], 3),
-        (aten.conv3d.default, x(2, 3, 3, 3, 3), x(4, 3, 2, 2, 2), x(4)),
-        (aten.conv_transpose1d.default, x(4, 6, 5), x(6, 8, 3), x(8), [2]),
-        (aten.conv_transpose1d.default, x(4, 6, 5), x(6, 2, 3), x(4), [1], [0], [0], 2),
-        (aten.conv_transpose1d.default, x(6, 5), x(6, 8, 3)),
-        (aten.conv_transpose2d.input, x(4, 6, 3, 3), x(6, 8, 2, 2), x(8), [2, 2]),
         (aten.dot.default, x(7), x(7)),
         (aten.einsum.default, "bsi,oi->bso", [x(2, 3, 6), x(8, 6)]),
         (aten.einsum.default, "b n s d, b n t d -> b n s t", [x(2, 4, 3, 5), x(2, 4, 6, 5)]),
@@ -194,11 +207,20 @@ FAMILIES = {
     "norm": lambda: [
         (aten._native_batch_norm_legit_functional.default, *BATCHES, *STATISTICS, True, 0.1, 1e-5),
         (aten._native_batch_norm_legit_functional.default, *BATCHES, *STATISTICS, False, 0.1, 1e-5),
+        (aten._native_batch_norm_legit_functional.default, *IMAGES, *STATISTICS, True, 0.1, 1e-5),
+        (aten._native_batch_norm_legit_functional.default, *PLAIN, c(4), share(4).detach(), True, 0.3, 1e-5),
+        (aten._native_batch_norm_legit.no_stats, *BATCHES, True, 0.1, 1e-5),
+        (aten._native_batch_norm_legit.no_stats, x(5, 6), None, None, True, 0.1, 1e-5),
+        (aten._native_batch_norm_legit_no_training.default, *BATCHES, *STATISTICS, 0.1, 1e-5),
         (aten.batch_norm.default, x(4, 6, 5), x(6), x(6), *STATISTICS, False, *EPS),
         (aten.batch_norm.default, x(4, 6, 5), x(6), x(6), *STATISTICS, True, *EPS),
         (aten.batch_norm.default, x(4, 6), None, None, *STATISTICS, False, *EPS),
         (aten.group_norm.default, x(4, 6, 5), 3, x(6), x(6)),
         (aten.group_norm.default, x(4, 6), 2),
+        (aten.group_norm.default, x(4, 12, 2, 2), 4, x(12), x(12)),
+        (aten.group_norm.default, x(4, 6, 5), 6, x(6), x(6)),
+        (aten.instance_norm.default, x(4, 6, 5), x(6), x(6), None, None, True, *EPS),
+        (aten.instance_norm.default, x(4, 6, 5, 2), None, None, *STATISTICS, False, *EPS),
         (aten.layer_norm.default, x(2, 3, 8), [8], x(8), x(8)),
         (aten.layer_norm.default, x(2, 3, 7), [7], x(7)),
         (aten.layer_norm.default, x(4, 6), [6]),
@@ -374,23 +396,65 @@ FAMILIES = {
     "window": lambda: [
         (aten.adaptive_avg_pool1d.default, x(4, 6, 8), [2]),
         (aten.adaptive_avg_pool2d.default, x(4, 6, 4, 4), [1, 2]),
+        (aten.adaptive_avg_pool3d.default, x(4, 6, 4, 2, 2), [1, 2, 1]),
+        (aten.adaptive_max_pool1d.default, x(4, 6, 8), [2]),
+        (aten.adaptive_max_pool2d.default, x(4, 6, 4, 4), [1, 2]),
+        (aten.adaptive_max_pool3d.default, x(4, 6, 4, 2, 2), [1, 2, 1]),
+        (aten.affine_grid_generator.default, x(4, 2, 3), [4, 3, 5, 6], False),
+        (aten.affine_grid_generator.default, x(4, 3, 4), [4, 1, 2, 3, 2], True),
         (aten.avg_pool1d.default, x(4, 6, 8), [2]),
         (aten.avg_pool2d.default, x(4, 6, 4, 4), [2, 2], [1, 1], [1, 1]),
+        (aten.avg_pool3d.default, x(4, 6, 4, 4, 4), [2, 2, 2]),
+        (aten.channel_shuffle.default, x(4, 6, 3, 3), 3),
+        (aten.col2im.default, x(4, 24, 9), [4, 4], [2, 2], [1, 1], [0, 0], [1, 1]),
+        (aten.col2im.default, x(24, 4), [4, 4], [2, 2], [1, 1], [0, 0], [2, 2]),
+        (aten.fractional_max_pool2d.default, x(4, 6, 5, 5), [2, 2], [3, 3], share(4, 6, 2).detach()),
+        (aten.fractional_max_pool3d.default, x(4, 6, 4, 4, 4), *CUBES, share(4, 6, 3).detach()),
+        (aten.grid_sampler.default, x(4, 6, 4, 5), share(4, 3, 6, 2), 0, 0, False),
+        (aten.grid_sampler_2d.default, x(4, 6, 4, 5), share(4, 3, 6, 2), 0, 1, True),
+        (aten.grid_sampler_3d.default, x(4, 6, 4, 5, 2), share(4, 3, 2, 2, 3), 0, 0, False),
+        (aten.im2col.default, x(4, 6, 4, 5), [2, 2], [1, 1], [1, 0], [2, 1]),
+        (aten.im2col.default, x(6, 4, 5), [2, 2], [1, 1], [0, 0], [1, 1]),
         (aten.max_pool1d.default, x(4, 6, 8), [3], [1], [1]),
+        (aten.max_pool1d_with_indices.default, x(4, 6, 8), [2]),
         (aten.max_pool2d.default, x(4, 6, 4, 4), [2, 2]),
         (aten.max_pool2d.default, x(6, 4, 4), [2, 2], [1, 1]),
-        (aten.upsample_bilinear2d.vec, x(4, 6, 2, 3), [4, 6], False, None),
-        (aten.upsample_nearest2d.vec, x(4, 6, 2, 3), None, [2.0, 2.0]),
+        (aten.max_pool2d_with_indices.default, x(4, 6, 4, 4), [2, 2]),
+        (aten.max_pool3d.default, x(4, 6, 4, 4, 4), [2, 2, 2]),
+        (aten.max_pool3d_with_indices.default, x(4, 6, 4, 4, 4), [2, 2, 2]),
+        (aten.max_unpool2d.default, x(4, 6, 2, 2), PLACES.expand(4, 6, 2, 2), [4, 4]),
+        (aten.max_unpool3d.default, x(4, 6, 1, 2, 2), PLACES.expand(4, 6, 1, 2, 2), *SPREAD),
+        (aten.pixel_shuffle.default, x(4, 24, 2, 3), 2),
+        (aten.pixel_shuffle.default, x(12, 6, 4), 2),
+        (aten.pixel_unshuffle.default, x(4, 3, 4, 8), 2),
+        *((op, x(4, 6, 3), None, [2.0]) for op in UPSAMPLE_LINES),
+        *((op, x(4, 6, 2, 3), None, [2.0, 2.0]) for op in UPSAMPLE_PLANES),
+        *((op, x(4, 6, 2, 3, 2), None, [2.0, 2.0, 1.0]) for op in UPSAMPLE_VOLUMES),
+        (aten.upsample_linear1d.vec, x(4, 6, 3), [5], True, None),
+        *((op, x(4, 6, 2, 3), [4, 6], False, None) for op in RESIZE_PLANES),
+        (aten.upsample_trilinear3d.vec, x(4, 6, 2, 3, 2), [4, 6, 3], False, None),
     ],
 }  # fmt: skip
 
 BAGS = torch.tensor([0, 3, 4])
 BAGGED = [False, None, False, None]
 BATCHES = [x(4, 6, 5), x(6), x(6)]
+IMAGES = [x(5, 6, 4, 3), x(6), x(6)]
+PLAIN = [x(6, 4), None, x(4)]
 GRU = [x(6, 5), x(6, 2), x(6), x(6)]
 LSTM = [x(8, 5), x(8, 2)]
 STATES = [x(1, 4, 2), x(1, 4, 2)]
 STATISTICS = [c(6), positive(6).detach()]
+CUBES = [[2, 2, 2], [2, 2, 2]]
+PLACES = torch.tensor([[0, 3], [9, 14]])
+SPREAD = [[1, 4, 4], [1, 2, 2], [0, 0, 0]]
+UPSAMPLE_LINES = [aten.upsample_nearest1d.vec, aten._upsample_nearest_exact1d.vec]
+UPSAMPLE_PLANES = [aten.upsample_nearest2d.vec, aten._upsample_nearest_exact2d.vec]
+UPSAMPLE_VOLUMES = [aten.upsample_nearest3d.vec, aten._upsample_nearest_exact3d.vec]
+RESIZE_PLANES = [
+    aten.upsample_bicubic2d.vec, aten.upsample_bilinear2d.vec, aten._upsample_bicubic2d_aa.vec,
+    aten._upsample_bilinear2d_aa.vec,
+]  # fmt: skip
 EPS = [0.1, 1e-5, False]
 COPIES = [
     aten.alias.default, aten.clone.default, aten.contiguous.default, aten.detach.default,
