@@ -1,4 +1,4 @@
-"""Batch normalisation in training with its batch split: the statistics are those of the whole batch.
+"""Batch normalisation in training, its batch split: the statistics are those of the whole batch.
 
 Every rank sums what it holds; the sums are all-reduced, forward for mean and variance and backward
 for the two sums of the gradient. So each rank makes the same running statistics, bit for bit.

@@ -37,11 +37,11 @@ from autotp.passes.normalise import (
     is_mutable,
     like,
     open_regions,
-    spell,
     user_line,
     value_of,
 )
 from autotp.passes.program import InputGuards, OutputSpec, Program, name_leaves, type_of
+from autotp.passes.spelling import spell
 
 aten = torch.ops.aten
 
@@ -127,7 +127,7 @@ def assemble(
     constants = constants_of(exported, model)
     params, tied = owned(exported, list(model.named_parameters(remove_duplicate=False)), "params")
     buffers, _ = owned(exported, list(model.named_buffers(remove_duplicate=False)), "buffers")
-    spell(graph, carriers(graph, seeds))
+    spell(graph, seeds)
     outputs, mutations, out_spec = split_outputs(exported, graph)
     protect_buffers(graph, buffers, mutations, seeds)
     refuse_leftovers(graph)

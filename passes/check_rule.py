@@ -362,7 +362,8 @@ def _in_terms(pieces: Pieces, axis: int, grid: Grid) -> dict[Coords, Tensor]:
 
 
 def _random_like(x: Tensor) -> Tensor:
-    return torch.randn_like(x) if x.is_floating_point() else torch.randint_like(x, -9, 9)
+    drawn = x.is_floating_point() or x.is_complex()
+    return torch.randn_like(x) if drawn else torch.randint_like(x, -9, 9)
 
 
 def _first_copy(coords: Coords, layout: Layout) -> Coords:

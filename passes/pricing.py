@@ -152,8 +152,9 @@ def _flops(op: Op, sizes: Mapping[str, int]) -> int:
 
 def products(op: Op) -> list[list[str]]:
     """Return the products of factors that an op multiplies out, by its rule or its contraction."""
-    if op.rule.flops:
-        return [term.split() for term in op.rule.flops.split("+")]
+    flops = op.rule.flops(op.call) if callable(op.rule.flops) else op.rule.flops
+    if flops:
+        return [term.split() for term in flops.split("+")]
     sig = op.signature
     counts = [
         sum(any(f in p for dim in dims for p in dim) for dims in sig.operands)

@@ -1,7 +1,7 @@
 """Rules of convolutions: batch, channels and groups of channels may split, space is whole.
 
-A channel dim is `(g i)`, groups of inputs, and `(g o)`, groups of outputs. The inputs of a group are
-summed over; a depthwise convolution has one input per group.
+A channel dim is `(g i)`, groups of inputs, and `(g o)`, groups of outputs. The inputs of a group
+are summed over; a depthwise convolution has one input per group.
 """
 
 from __future__ import annotations

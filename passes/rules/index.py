@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import torch
 
-from autotp import local_programs
+from autotp import local_lookups, local_programs
 from autotp.passes.rules.table import Call, Tensor, letters, rule
 
 aten = torch.ops.aten
+
+MAXIMUM = 2
+"""ATen's number for bags that keep their largest rows."""
 
 
 def lookup(call: Call) -> str:
@@ -121,6 +124,18 @@ def index_rank(index: Tensor) -> int:
     return 1 if is_mask(index) else len(index.shape)
 
 
+def bags(call: Call) -> str:
+    """Columns may split; what is made beside knows none, but for where each one's maximum is."""
+    made = [
+        " ".join(f"[z{k}_{d}]" for d in range(len(t.shape))) for k, t in enumerate(call.results)
+    ]
+    last = call.results[-1]
+    if call.arg(4, 0) == MAXIMUM and len(last.shape) == 2:
+        made[-1] = "[b] d"
+    left = ["[v] d", "[k]", "[o]", *("[k]" for _ in call.operands[3:])]
+    return f"{', '.join(left)} -> {', '.join(['[b] d', *made[1:]])}"
+
+
 def whole(call: Call) -> str:
     """Every dim is whole."""
     rows = [
@@ -129,6 +144,24 @@ def whole(call: Call) -> str:
     ]
     count = len(call.operands)
     return f"{', '.join(rows[:count])} -> {', '.join(rows[count:])}"
+
+
+def copied(call: Call) -> str:
+    """The written dim is whole, and so are its indices and what is written there, if anything."""
+    written = [f"[k{d}]" for d in range(len(call.operands[1].shape))] if call.operands[1] else []
+    values = [named(call, " ".join(written)) if t and t.shape else "" for t in call.operands[2:]]
+    return f"{', '.join([named(call, '[v]'), ' '.join(written), *values])} -> {named(call, '[v]')}"
+
+
+def placed(call: Call) -> str:
+    """Which interval each number lies in; many sequences are one per row of the numbers."""
+    at = 0 if call.op is aten.searchsorted.Tensor else 1
+    borders = call.operands[at]
+    assert borders is not None
+    many = len(borders.shape) > 1
+    numbers, row = ("... [m]", "... [k]") if many else ("...", "[k]")
+    left = [row, numbers] if at == 0 else [numbers, row]
+    return f"{', '.join([*left, *(row for _ in call.operands[2:])])} -> {numbers}"
 
 
 def ordered(call: Call) -> str:
@@ -149,15 +182,30 @@ rule(
     split={"v": "P"},
     program=local_programs.vocab_embedding,
 )
-rule(aten.embedding_bag.padding_idx, whole)
+rule(
+    aten.embedding_bag.padding_idx,
+    bags,
+    split={"d": "I"},
+    blocks=("d",),
+    program=local_lookups.embedding_bag,
+)
+rule(aten.bucketize.Tensor, placed)
 rule(aten.gather.default, gather, linear=(0,), saves=(1,))
 rule(aten.histc.default, whole)
 rule(aten.index.Tensor, index, linear=(0,))
 rule(aten.index_add.default, add, linear=(0, 2), saves=(1,))
+rule(aten.index_copy.default, copied, linear=(0, 2), saves=(1,))
+rule(aten.index_fill.int_Scalar, copied, saves=(1,))
+rule(aten.index_fill.int_Tensor, copied, linear=(0, 2), saves=(1,))
 rule(aten.index_put.default, put)
+rule(aten.index_reduce.default, copied)
 rule(aten.index_select.default, select, linear=(0,), saves=(1,))
+rule(aten.masked_scatter.default, whole)
 rule(aten.scatter.src, scatter, linear=(0, 2), saves=(1,))
 rule(aten.scatter.value, scatter, saves=(1,))
 rule(aten.scatter_add.default, scatter_add, linear=(0, 2), saves=(1,))
+rule(aten.scatter_reduce.two, scatter)
+rule(aten.searchsorted.Tensor, placed)
 rule(aten.sort.default, ordered, saves=(-1,))
+rule(aten.take.default, whole)
 rule(aten.topk.default, ordered, saves=(-1,))

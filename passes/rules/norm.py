@@ -119,6 +119,7 @@ LAYER_NORM: dict[str, Any] = {
 }
 BATCH_NORM: dict[str, Any] = {
     "split": dict.fromkeys(("n", "x0", "x1", "x2"), "I"),
+    "blocks": ("n", "x0", "x1", "x2"),
     "traffic": batch_norm_traffic,
     "saves": (0,),
 }

@@ -21,6 +21,7 @@ def pointwise(op: object, **facts: object) -> None:
 
 OUT = (-1,)
 
+pointwise(aten._prelu_kernel.default)
 pointwise(aten.__and__.Tensor, saves=())
 pointwise(aten.__or__.Tensor, saves=())
 pointwise(aten.add.Tensor, linear=sum_in, saves=())
@@ -31,6 +32,7 @@ pointwise(aten.exp.default, saves=OUT)
 pointwise(aten.fill.Tensor, saves=())
 pointwise(aten.floor_divide.default, saves=())
 pointwise(aten.hardswish.default)
+pointwise(aten.log_sigmoid.default)
 pointwise(aten.masked_fill.Tensor, linear=(0, 2), saves=(1,))
 pointwise(aten.mul.Scalar, linear="all", saves=())
 pointwise(aten.mul.Tensor, linear="each")

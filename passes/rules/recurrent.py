@@ -28,5 +28,14 @@ def recurrent(call: Call) -> str:
     return f"{', '.join(left)} -> {', '.join(right)}"
 
 
-rule(aten.gru.input, recurrent)
-rule(aten.lstm.input, recurrent)
+def recurrent_flops(call: Call) -> str:
+    """Every matrix multiplies each step of each row of the batch."""
+    weights = call.operands[len(call.results) :]
+    matrices = [k for k, t in enumerate(weights) if t and len(t.shape) == 2]
+    return " + ".join(f"b s w{k}_0 w{k}_1" for k in matrices)
+
+
+rule(aten.gru.input, recurrent, flops=recurrent_flops)
+rule(aten.lstm.input, recurrent, flops=recurrent_flops)
+rule(aten.rnn_relu.input, recurrent, flops=recurrent_flops)
+rule(aten.rnn_tanh.input, recurrent, flops=recurrent_flops)

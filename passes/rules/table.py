@@ -107,7 +107,7 @@ class Rule:
     draw: Callable[..., Any] | None = None
     localize: Localize | None = None
     average: Test | None = None
-    flops: str | None = None
+    flops: str | Callable[[Call], str] | None = None
     saves: tuple[int, ...] | None = None
     free: bool = False
 

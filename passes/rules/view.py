@@ -312,6 +312,14 @@ def triangle(call: Call) -> str:
     return sentence(names, names)
 
 
+def gated(call: Call) -> str:
+    """One half gates the other: both are split together."""
+    dims = dims_of(call)
+    at = call.arg(1, -1) % len(dims)
+    left = [f"({n}|{n})" if d == at else n for d, n in enumerate(dims)]
+    return sentence(left, dims)
+
+
 def flip(call: Call) -> str:
     """Flipped dims are whole."""
     dims = dims_of(call)
@@ -347,6 +355,7 @@ rule(aten.detach.default, "... -> ...", **VIEW)
 rule(aten.diff.default, diff, **COPY)
 rule(aten.expand.default, expand, localize=result_shape_at(1), **VIEW)
 rule(aten.flip.default, flip, **COPY)
+rule(aten.glu.default, gated)
 rule(aten.mT.default, swap_last, **VIEW)
 rule(aten.numpy_T.default, reverse, **VIEW)
 rule(aten.pad.default, pad, saves=())

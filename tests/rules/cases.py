@@ -37,6 +37,11 @@ def ints(high, *shape):
     return torch.randint(high, shape)
 
 
+def definite(count, size):
+    half = torch.randn(count, size, size, dtype=torch.float64)
+    return (half @ half.mT + torch.eye(size)).requires_grad_()
+
+
 def targets(high, count):
     out = torch.randint(high, (count,))
     out[1] = -100
@@ -91,9 +96,9 @@ FAMILIES = {
         (aten.conv2d.default, x(4, 12, 4, 4), x(8, 3, 2, 2), x(8), [1, 1], [0, 0], [1, 1], 4),
         (aten.conv2d.default, x(2, 8, 4, 4), x(2, 4, 2, 2), x(2), [1, 1], [0, 0], [1, 1], 2),
         (aten.conv2d.padding, x(4, 6, 5, 5), x(6, 2, 2, 3), None, [1, 1], "valid", [1, 1], 3),
-        (aten.conv3d.padding, x(2, 4, 3, 3, 3), x(4, 2, 2, 2, 2), x(4), [1] * 3, "same", [1] * 3, 2),
+        (aten.conv3d.padding, x(2, 4, 3, 3, 3), x(4, 2, 2, 2, 2), x(4), ONES, "same", ONES, 2),
         (aten.conv_transpose1d.default, x(4, 6, 5), x(6, 1, 3), x(6), [2], [0], [0], 6),
-        (aten.conv_transpose2d.input, x(4, 8, 3, 3), x(8, 3, 2, 2), x(12), [2, 2], [0, 0], [0, 0], 4),
+        (aten.conv_transpose2d.input, x(4, 8, 3, 3), x(8, 3, 2, 2), x(12), [2], [0], [0], 4),
         (aten.conv_transpose3d.input, x(2, 4, 2, 2, 2), x(4, 6, 2, 2, 2), x(6), [2] * 3),
     ],
     "creation": lambda: [
@@ -148,6 +153,19 @@ FAMILIES = {
         (aten.gather.default, x(4, 6), 0, ints(4, 3, 6)),
         (aten.gather.default, x(4, 6, 2), -1, ints(2, 4, 3, 5)),
         (aten.histc.default, c(4, 6), 5),
+        (aten.bucketize.Tensor, c(4, 6), torch.tensor([-0.5, 0.0, 0.5]).double()),
+        (aten.embedding_bag.padding_idx, x(12, 6), ints(12, 8), BAGS, False, 2, *BAGGED),
+        (aten.embedding_bag.padding_idx, x(12, 6), ints(12, 8), BAGS, False, 0, *WEIGHTED),
+        (aten.index_copy.default, x(4, 6), 1, torch.tensor([3, 0]), x(4, 2)),
+        (aten.index_fill.int_Scalar, x(4, 6), 1, torch.tensor([3, 0]), 2.0),
+        (aten.index_fill.int_Tensor, x(4, 6), 0, torch.tensor([3, 0]), x()),
+        (aten.index_reduce.default, x(4, 6), 1, ints(6, 3), x(4, 3), "amax"),
+        (aten.masked_scatter.default, x(4, 6), mask(4, 6), x(5, 6)),
+        (aten.scatter_reduce.two, x(4, 6), 1, ints(6, 4, 8), x(4, 8), "amax"),
+        (aten.scatter_reduce.two, x(4, 6), 1, ints(6, 4, 3), x(4, 3), "mean"),
+        (aten.searchsorted.Tensor, c(6).sort()[0], c(4, 6)),
+        (aten.searchsorted.Tensor, c(4, 6).sort()[0], c(4, 3)),
+        (aten.take.default, x(4, 6), ints(24, 3)),
         (aten.index.Tensor, x(4, 6, 2), [ints(4, 8)]),
         (aten.index.Tensor, x(4, 6, 2), [None, ints(6, 3, 1), ints(2, 4)]),
         (aten.index.Tensor, x(4, 6, 2), [ints(4, 3, 4), None, ints(2, 4)]),
@@ -172,6 +190,20 @@ FAMILIES = {
         (aten.topk.default, x(4, 6), 2),
         (aten.topk.default, x(4, 6), 3, 0),
     ],
+    "layout": lambda: [
+        (aten.diag_embed.default, x(4, 6)),
+        (aten.diag_embed.default, x(4, 2, 6), 1, 0, -1),
+        (aten.diagonal.default, x(4, 6, 6), 0, 1, 2),
+        (aten.diagonal.default, x(4, 6, 5), 1, 0, -1),
+        (aten.diagonal_scatter.default, x(4, 6, 5), x(4, 5), 0, 1, 2),
+        (aten.rot90.default, x(4, 6, 5), 1, [1, 2]),
+        (aten.rot90.default, x(4, 6)),
+        (aten.select_scatter.default, x(4, 6, 2), x(4, 2), 1, 3),
+        (aten.slice_scatter.default, x(4, 6), x(4, 2), 1, 2, 4),
+        (aten.slice_scatter.default, x(4, 6), x(2, 6), 0, 0, 4, 2),
+        (aten.trace.default, x(4, 6)),
+        (aten.unfold.default, x(4, 8, 6), 1, 3, 2),
+    ],
     "loss": lambda: [
         (aten.cross_entropy_loss.default, x(6, 8), targets(8, 6)),
         (aten.cross_entropy_loss.default, x(5, 11), targets(11, 5)),
@@ -182,7 +214,13 @@ FAMILIES = {
         (aten.cross_entropy_loss.default, x(6, 8), targets(8, 6), None, 1, -100, 0.1),
         (aten.cross_entropy_loss.default, x(6, 8), c(6, 8).softmax(1)),
         (aten.cross_entropy_loss.default, x(3, 8, 4), ints(8, 3, 4)),
+        (aten.cross_entropy_loss.default, x(6, 8), c(6, 8).softmax(1), c(8).abs(), 1, -100, 0.1),
+        (aten.cross_entropy_loss.default, x(4, 6, 5), c(4, 6, 5).softmax(1), None, 0),
+        (aten.cross_entropy_loss.default, x(4, 6, 5), c(4, 6, 5).softmax(1)),
+        (aten.cross_entropy_loss.default, x(2, 8, 4, 3), ints(8, 2, 4, 3), c(8).abs(), 1, 2, 0.1),
+        (aten.cross_entropy_loss.default, x(4, 7, 2, 3, 2), ints(7, 4, 2, 3, 2), None, 0),
         (aten.cross_entropy_loss.default, x(8), ints(8)),
+        (aten.cross_entropy_loss.default, x(8), c(8).softmax(0)),
         *(
             (loss, x(4, 6), x(4, 6), *reduction)
             for loss in (
@@ -198,6 +236,22 @@ FAMILIES = {
         (aten.nll_loss_nd.default, x(6, 8), targets(8, 6), c(8), 2),
         (aten.nll_loss_nd.default, x(6, 8, 3), ints(8, 6, 3), None, 0),
         (aten.nll_loss_nd.default, x(8), ints(8), None, 2),
+        (aten.nll_loss_nd.default, x(3, 6, 2, 3, 2), ints(6, 3, 2, 3, 2), c(6).abs(), 1, 2),
+        (aten.cosine_embedding_loss.default, x(4, 6), x(4, 6), SIGNS, 0.1),
+        (aten.cosine_embedding_loss.default, x(4, 6), x(4, 6), SIGNS, 0.1, 0),
+        (aten.cosine_embedding_loss.default, x(6), x(6), SIGNS[0]),
+        (aten.hinge_embedding_loss.default, x(4, 6), c(4, 6).sign()),
+        (aten.margin_ranking_loss.default, x(4, 6), x(4, 6), c(4, 6).sign(), 0.1, 2),
+        (aten.multi_margin_loss.default, x(4, 6), ints(6, 4), 1, 1.0, c(6).abs()),
+        (aten.multi_margin_loss.default, x(4, 6), ints(6, 4), 1, 1.0, None, 0),
+        (aten.multi_margin_loss.default, x(6), ints(6, 1)),
+        (aten.multilabel_margin_loss.default, x(4, 6), ints(6, 4, 6)),
+        (aten.multilabel_margin_loss.default, x(4, 6), ints(6, 4, 6), 0),
+        (aten.poisson_nll_loss.default, x(4, 6), c(4, 6).abs(), True, False, 1e-8, 1),
+        (aten.soft_margin_loss.default, x(4, 6), c(4, 6).sign()),
+        (aten.soft_margin_loss.default, x(4, 6), c(4, 6).sign(), 0),
+        (aten.triplet_margin_loss.default, x(4, 6), x(4, 6), x(4, 6)),
+        (aten.triplet_margin_loss.default, *TRIPLETS, 1.0, 2.0, 1e-6, True, 0),
         (aten.binary_cross_entropy.default, share(4, 6), share(4, 6).detach()),
         (aten.binary_cross_entropy.default, share(4, 6), share(4, 6).detach(), c(6), 2),
         (aten.binary_cross_entropy_with_logits.default, x(4, 6), x(4, 6)),
@@ -208,8 +262,8 @@ FAMILIES = {
         (aten._native_batch_norm_legit_functional.default, *BATCHES, *STATISTICS, True, 0.1, 1e-5),
         (aten._native_batch_norm_legit_functional.default, *BATCHES, *STATISTICS, False, 0.1, 1e-5),
         (aten._native_batch_norm_legit_functional.default, *IMAGES, *STATISTICS, True, 0.1, 1e-5),
-        (aten._native_batch_norm_legit_functional.default, *PLAIN, c(4), share(4).detach(), True, 0.3, 1e-5),
-        (aten._native_batch_norm_legit.no_stats, *BATCHES, True, 0.1, 1e-5),
+        (aten._native_batch_norm_legit_functional.default, *PLAIN, True, 0.3, 1e-5),
+        (aten._native_batch_norm_legit.no_stats, *UNTRACKED, True, 0.1, 1e-5),
         (aten._native_batch_norm_legit.no_stats, x(5, 6), None, None, True, 0.1, 1e-5),
         (aten._native_batch_norm_legit_no_training.default, *BATCHES, *STATISTICS, 0.1, 1e-5),
         (aten.batch_norm.default, x(4, 6, 5), x(6), x(6), *STATISTICS, False, *EPS),
@@ -252,6 +306,8 @@ FAMILIES = {
         (aten.floor_divide.default, ints(9, 4, 6), 2),
         (aten.hardswish.default, x(4, 6)),
         (aten.masked_fill.Tensor, x(2, 4, 6), mask(4, 6), x()),
+        (aten.log_sigmoid.default, x(4, 6)),
+        (aten._prelu_kernel.default, x(4, 6, 2), x(1, 6, 1)),
         (aten.mul.Scalar, x(4, 6), 3.0),
         (aten.mul.Tensor, x(2, 3, 4), x(3, 1)),
         (aten.mul.Tensor, x(4, 6), 3.0),
@@ -294,10 +350,14 @@ FAMILIES = {
         (aten.gru.input, x(3, 4, 5), x(1, 4, 2), GRU, True, 1, 0.0, True, False, False),
         (aten.gru.input, x(4, 3, 5), x(1, 4, 2), GRU, True, 1, 0.5, True, False, True),
         (aten.lstm.input, x(4, 3, 5), STATES, LSTM, False, 1, 0.5, True, False, True),
+        (aten.lstm.input, x(3, 4, 5), WAYS, BOTH, False, 2, 0.0, True, True, False),
+        (aten.rnn_relu.input, x(3, 4, 5), x(1, 4, 2), RNN, True, 1, 0.0, True, False, False),
+        (aten.rnn_tanh.input, x(4, 3, 5), x(1, 4, 2), RNN, True, 1, 0.0, False, False, True),
     ],
     "reduction": lambda: [
         (aten.all.default, mask(4, 6)),
         (aten.all.dim, mask(4, 6), 1),
+        (aten.aminmax.default, x(4, 6), {"dim": 1}),
         (aten.any.default, mask(4, 6)),
         (aten.any.dim, mask(4, 6), 0, True),
         (aten.amax.default, x(2, 3, 4), [-1], True),
@@ -306,10 +366,32 @@ FAMILIES = {
         (aten.argmax.default, x(4, 6), -1),
         (aten.argmax.default, x(4, 6)),
         (aten.argmin.default, x(4, 6), 0, True),
+        (aten._cdist_forward.default, x(2, 4, 5), x(2, 6, 5), 2.0, None),
+        (aten._cdist_forward.default, x(4, 5), x(6, 5), 1.0, None),
+        (aten._pdist_forward.default, x(4, 5)),
+        (aten.cosine_similarity.default, x(4, 6), x(4, 6)),
+        (aten.cosine_similarity.default, x(4, 1, 6), x(3, 6), -1),
+        (aten.count_nonzero.default, ints(2, 4, 6), 1),
+        (aten.count_nonzero.dim_IntList, ints(2, 4, 6, 2), [0, 2]),
+        (aten.cummax.default, x(4, 6), 1),
+        (aten.cummin.default, x(4, 6), -1),
         (aten.cumprod.default, x(4, 6), 1),
         (aten.cumsum.default, x(4, 6), 1),
         (aten.linalg_vector_norm.default, x(4, 6), 2, [-1], True),
         (aten.linalg_vector_norm.default, x(4, 6)),
+        (aten.kthvalue.default, x(4, 6), 2),
+        (aten.logcumsumexp.default, x(4, 6), 1),
+        (aten.median.default, x(4, 6)),
+        (aten.median.dim, x(4, 6), 1),
+        (aten.mode.default, ints(3, 4, 6).double().requires_grad_()),
+        (aten.nanmedian.default, x(4, 6)),
+        (aten.nanmedian.dim, x(4, 6), 0, True),
+        (aten.nansum.default, x(4, 6), [1]),
+        (aten.norm.Scalar, x(4, 6)),
+        (aten.pairwise_distance.default, x(4, 6), x(4, 6)),
+        (aten.pairwise_distance.default, x(4, 3, 6), x(3, 6), 2.0, 1e-6, True),
+        (aten.renorm.default, x(4, 6, 2), 2, 1, 1.5),
+        (aten.std_mean.correction, x(4, 6), [1]),
         (aten.logsumexp.default, x(2, 3, 4), [-1, 0]),
         (aten.max.default, x(4, 6)),
         (aten.max.dim, x(4, 6), 1, True),
@@ -335,6 +417,20 @@ FAMILIES = {
         (aten.var.default, x(4, 6)),
         (aten.var.dim, x(4, 6), [1]),
         (aten.var_mean.correction, x(4, 6), [1], {"keepdim": True}),
+    ],
+    "transform": lambda: [
+        (aten._fft_c2c.default, torch.complex(c(4, 6), c(4, 6)), [1], 0, True),
+        (aten._fft_c2r.default, torch.complex(c(4, 6, 5), c(4, 6, 5)), [2], 2, 8),
+        (aten._fft_r2c.default, c(4, 6, 8), [2, 1], 0, True),
+        *((op, x(4, 3, 3)) for op in MATRICES),
+        *((op, definite(4, 3)) for op in SYMMETRIC),
+        (aten.linalg_qr.default, x(6, 4, 3)),
+        (aten.linalg_svd.default, x(4, 3, 3)),
+        (aten.matrix_exp.default, x(6, 4, 2, 2)),
+        (aten.stft.default, c(4, 16), 8, None, None, c(8).abs(), False, None, True),
+        (aten.stft.center, c(16), 8, 4, 8, None, False, "reflect", False, None, True),
+        (aten.view_as_complex.default, c(4, 6, 2)),
+        (aten.view_as_real.default, torch.complex(c(4, 6), c(4, 6))),
     ],
     "view": lambda: [
         *((op, x(4, 6)) for op in COPIES),
@@ -381,6 +477,9 @@ FAMILIES = {
         (aten.to.dtype, mask(4, 6), torch.float64),
         (aten.to.dtype, ints(9, 4, 6), torch.float64),
         (aten.flip.default, x(4, 6), [-1]),
+        (aten.glu.default, x(4, 12)),
+        (aten.glu.default, x(8, 5), 0),
+        (aten.glu.default, x(3, 14, 4), 1),
         (aten.mT.default, x(2, 3, 4)),
         (aten.swapaxes.default, x(2, 3, 4), 0, -1),
         (aten.transpose.int, x(2, 3, 4), 1, -1),
@@ -408,7 +507,7 @@ FAMILIES = {
         (aten.channel_shuffle.default, x(4, 6, 3, 3), 3),
         (aten.col2im.default, x(4, 24, 9), [4, 4], [2, 2], [1, 1], [0, 0], [1, 1]),
         (aten.col2im.default, x(24, 4), [4, 4], [2, 2], [1, 1], [0, 0], [2, 2]),
-        (aten.fractional_max_pool2d.default, x(4, 6, 5, 5), [2, 2], [3, 3], share(4, 6, 2).detach()),
+        (aten.fractional_max_pool2d.default, x(4, 6, 5, 5), [2, 2], [3, 3], DRAWN),
         (aten.fractional_max_pool3d.default, x(4, 6, 4, 4, 4), *CUBES, share(4, 6, 3).detach()),
         (aten.grid_sampler.default, x(4, 6, 4, 5), share(4, 3, 6, 2), 0, 0, False),
         (aten.grid_sampler_2d.default, x(4, 6, 4, 5), share(4, 3, 6, 2), 0, 1, True),
@@ -439,14 +538,18 @@ FAMILIES = {
 BAGS = torch.tensor([0, 3, 4])
 BAGGED = [False, None, False, None]
 BATCHES = [x(4, 6, 5), x(6), x(6)]
-IMAGES = [x(5, 6, 4, 3), x(6), x(6)]
-PLAIN = [x(6, 4), None, x(4)]
+IMAGES = [x(5, 6, 2, 3, 2), x(6), x(6)]
+UNTRACKED = [x(3, 6, 2, 2, 2), None, x(6)]
+ONES = [1, 1, 1]
+PLAIN = [x(6, 4), None, x(4), c(4), share(4).detach()]
 GRU = [x(6, 5), x(6, 2), x(6), x(6)]
 LSTM = [x(8, 5), x(8, 2)]
 STATES = [x(1, 4, 2), x(1, 4, 2)]
 STATISTICS = [c(6), positive(6).detach()]
+DRAWN = share(4, 6, 2).detach()
 CUBES = [[2, 2, 2], [2, 2, 2]]
 PLACES = torch.tensor([[0, 3], [9, 14]])
+SIGNS = torch.tensor([1.0, -1.0, 1.0, -1.0]).double()
 SPREAD = [[1, 4, 4], [1, 2, 2], [0, 0, 0]]
 UPSAMPLE_LINES = [aten.upsample_nearest1d.vec, aten._upsample_nearest_exact1d.vec]
 UPSAMPLE_PLANES = [aten.upsample_nearest2d.vec, aten._upsample_nearest_exact2d.vec]
@@ -455,6 +558,19 @@ RESIZE_PLANES = [
     aten.upsample_bicubic2d.vec, aten.upsample_bilinear2d.vec, aten._upsample_bicubic2d_aa.vec,
     aten._upsample_bilinear2d_aa.vec,
 ]  # fmt: skip
+BOTH = [w for i in (5, 4) for _ in "-+" for w in (x(8, i), x(8, 2))]
+MATRICES = [
+    aten.linalg_det.default, aten.linalg_inv.default, aten.linalg_slogdet.default,
+    aten.linalg_svdvals.default,
+]  # fmt: skip
+RNN = [x(2, 5), x(2, 2), x(2), x(2)]
+SYMMETRIC = [
+    aten.linalg_cholesky.default, aten.linalg_eigh.default, aten.linalg_eigvalsh.default,
+    aten.logdet.default,
+]  # fmt: skip
+TRIPLETS = [x(4, 3, 6), x(4, 3, 6), x(4, 1, 6)]
+WAYS = [x(4, 4, 2), x(4, 4, 2)]
+WEIGHTED = [False, x(8), False, 3]
 EPS = [0.1, 1e-5, False]
 COPIES = [
     aten.alias.default, aten.clone.default, aten.contiguous.default, aten.detach.default,

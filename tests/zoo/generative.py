@@ -1,8 +1,7 @@
 """Networks that make images: diffusion and autoencoders."""
 
-from collections.abc import Callable
-
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -110,7 +109,8 @@ class UNet(nn.Module):
         self.down1, self.shrink = ResBlock(width, width, time), nn.Conv2d(width, width, 3, 2, 1)
         self.down2 = ResBlock(width, 2 * width, time)
         self.middle = SpatialAttention(2 * width)
-        self.up2, self.grow = ResBlock(2 * width, width, time), nn.Conv2d(width, width, 3, padding=1)
+        self.up2 = ResBlock(2 * width, width, time)
+        self.grow = nn.Conv2d(width, width, 3, padding=1)
         self.up1 = ResBlock(2 * width, width, time)
         self.norm, self.out = nn.GroupNorm(3, width), nn.Conv2d(width, 3, 3, padding=1)
 
@@ -169,3 +169,4 @@ MODELS: dict[str, Callable[[], Built]] = {
     "unet": unet,
     "vae": lambda: (VAE(), dict(x=torch.rand(BATCH, 3, 8, 8), noise=torch.randn(BATCH, 10))),
 }
+SAMPLE = ("unet",)

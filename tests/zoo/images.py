@@ -214,3 +214,4 @@ MODELS: dict[str, Callable[[], Built]] = {
         Perceiver(), dict(pixels=torch.randn(BATCH, 3, 4, 4), y=torch.randint(5, (BATCH,)))
     ),
 }  # fmt: skip
+SAMPLE = ("mobilenet", "resnet by hand")

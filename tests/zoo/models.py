@@ -7,8 +7,9 @@ those that run in every `make test`.
 import torch
 
 from tests import models as basic
+from tests.zoo import generative, images, sequence, vision
 
-FAMILIES = (basic,)
+FAMILIES = (basic, vision, images, generative, sequence)
 
 MODELS = {name: build for family in FAMILIES for name, build in family.MODELS.items()}
 SAMPLE = tuple(name for family in FAMILIES for name in getattr(family, "SAMPLE", ()))

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tests.models import BATCH, SEQ, VOCAB, Built, tokens
+from tests.models import BATCH, VOCAB, Built, tokens
 
 
 def language(model) -> Built:
@@ -69,7 +69,9 @@ class DLRM(nn.Module):
     def __init__(self, tables=(29, 12, 18), width=12, dense=5):
         super().__init__()
         self.tables = nn.ModuleList(nn.EmbeddingBag(n, width, mode="sum") for n in tables)
-        self.bottom = nn.Sequential(nn.Linear(dense, 24), nn.ReLU(), nn.Linear(24, width), nn.ReLU())
+        self.bottom = nn.Sequential(
+            nn.Linear(dense, 24), nn.ReLU(), nn.Linear(24, width), nn.ReLU()
+        )
         features = len(tables) + 1
         self.top = nn.Sequential(
             nn.Linear(width + features * (features - 1) // 2, 16), nn.ReLU(), nn.Linear(16, 1)
@@ -156,3 +158,4 @@ MODELS: dict[str, Callable[[], Built]] = {
     "whisper": whisper,
     "whisper eager": lambda: whisper("eager"),
 }
+SAMPLE = ("dlrm", "lstm, both directions")

@@ -17,12 +17,12 @@ def images(size=8, labels=5, channels=3):
     return dict(pixel_values=pixels, labels=torch.randint(labels, (BATCH,)))
 
 
-def vit(attention="sdpa") -> Built:
+def vit_eager() -> Built:
     from transformers import ViTConfig, ViTForImageClassification
 
     config = ViTConfig(
         **TOWER, **NO_DROPOUT, image_size=8, patch_size=4, num_labels=5,
-        attn_implementation=attention,
+        attn_implementation="eager",
     )  # fmt: skip
     return ViTForImageClassification(config), images()
 
@@ -80,9 +80,7 @@ def siglip(attention="sdpa") -> Built:
         text_config={**TOWER, "vocab_size": VOCAB, "max_position_embeddings": SEQ},
         vision_config={**TOWER, "image_size": 8, "patch_size": 4}, attn_implementation=attention,
     )  # fmt: skip
-    inputs = dict(
-        input_ids=tokens(), pixel_values=torch.randn(BATCH, 3, 8, 8), return_loss=True
-    )
+    inputs = dict(input_ids=tokens(), pixel_values=torch.randn(BATCH, 3, 8, 8), return_loss=True)
     return SiglipModel(config), inputs
 
 
@@ -107,8 +105,7 @@ def resnet() -> Built:
 
 
 MODELS: dict[str, Callable[[], Built]] = {
-    "vit": vit,
-    "vit eager": lambda: vit("eager"),
+    "vit eager": vit_eager,
     "deit": deit,
     "deit eager": lambda: deit("eager"),
     "beit": beit,
@@ -120,3 +117,4 @@ MODELS: dict[str, Callable[[], Built]] = {
     "convnext": convnext,
     "resnet": resnet,
 }
+SAMPLE = ("swin", "clip")

@@ -1,0 +1,136 @@
+"""Replace ops that have no rule by what they are made of.
+
+torch computes many ops (movedim, take_along_dim, the cells of recurrent networks, ...) by calling
+others: "composite" ops, whose gradient is that of their parts. Those that the table does not name
+are traced into their parts, which it may name. One that cannot be traced, or whose parts are not
+all plain functions of tensors, stays as it is: it runs whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import dispatch_functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from autotp.passes.normalise import STRIDE_READERS
+from autotp.passes.rules import find
+
+PLACE = ("stack_trace", "nn_module_stack")
+COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+
+
+def open_composites(graph: fx.Graph) -> None:
+    """Replace the composite ops of `graph` that have no rule, in place."""
+    for node in list(graph.nodes):
+        if is_composite(node) and find(node.target) is None:
+            parts = parts_of(node)
+            if parts is not None:
+                splice(graph, node, parts)
+
+
+def is_composite(node: fx.Node) -> bool:
+    """Say whether `node` is a call that torch computes by other calls."""
+    op = node.target
+    if not isinstance(op, OpOverload) or op._schema.is_mutable:
+        return False
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return bool(COMPOSITE in op.py_kernels or has(op.name(), COMPOSITE))
+
+
+def parts_of(node: fx.Node) -> fx.Graph | None:
+    """Return the call of a node as a graph of its parts, or none if there is none that is plain."""
+    op: Any = node.target
+    leaves, spec = pytree.tree_flatten((node.args, node.kwargs))
+    nodes = [leaf for leaf in leaves if isinstance(leaf, fx.Node)]
+    tensors = [node.meta.get("val") for node in nodes]
+    if not tensors or not all(is_static(t) for t in tensors):
+        return None
+
+    def compute(*given: Tensor) -> Any:
+        rest = iter(given)
+        filled = [next(rest) if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
+        args, kwargs = pytree.tree_unflatten(filled, spec)
+        return op(*args, **kwargs)
+
+    try:
+        with warnings.catch_warnings(action="ignore"), allowing_constants(tensors[0]):
+            graph: fx.Graph = make_fx(dispatch_functionalize(compute))(*tensors).graph
+    except Exception:  # whatever the op asks of real values
+        return None
+    return graph if all(map(is_plain, graph.nodes)) and any_ruled(graph) else None
+
+
+@contextlib.contextmanager
+def allowing_constants(value: FakeTensor) -> Iterator[None]:
+    """Let what is traced beside `value` make small constants of its own."""
+    mode = value.fake_mode
+    before, mode.allow_non_fake_inputs = mode.allow_non_fake_inputs, True
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        mode.allow_non_fake_inputs = before
+
+
+def is_static(value: Any) -> bool:
+    """Say whether a value is a tensor of known shape."""
+    return isinstance(value, FakeTensor) and all(isinstance(n, int) for n in value.shape)
+
+
+def is_plain(node: fx.Node) -> bool:
+    """Say whether a part is a function of tensors to tensors."""
+    if node.op in ("placeholder", "output"):
+        return True
+    if node.op != "call_function":
+        return False
+    values = pytree.tree_leaves(node.meta.get("val"))
+    op = node.target
+    is_function = op is operator.getitem or (
+        isinstance(op, OpOverload) and not op._schema.is_mutable and op not in STRIDE_READERS
+    )
+    return is_function and bool(values) and all(map(is_static, values))
+
+
+def any_ruled(graph: fx.Graph) -> bool:
+    """Say whether the table names any of the parts."""
+    calls = [n.target for n in graph.nodes if n.op == "call_function"]
+    return not calls or any(isinstance(op, OpOverload) and find(op) for op in calls)
+
+
+def splice(graph: fx.Graph, node: fx.Node, parts: fx.Graph) -> None:
+    """Put the parts in the place of `node`, with its line and module."""
+    made: dict[fx.Node, Any] = {}
+    given = iter(n for n in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(n, fx.Node))
+    results: Any = None
+    with graph.inserting_before(node):
+        for part in parts.nodes:
+            if part.op == "placeholder":
+                made[part] = next(given)
+            elif part.op == "output":
+                results = fx.map_arg(part.args[0], lambda n: made[n])
+            else:
+                new = made[part] = graph.node_copy(part, lambda n: made[n])
+                new.meta = {k: node.meta[k] for k in PLACE if k in node.meta}
+                new.meta["val"] = part.meta["val"]
+    replace(graph, node, results)
+
+
+def replace(graph: fx.Graph, node: fx.Node, results: Any) -> None:
+    """Let `results` stand for the value of `node`, or for its items."""
+    if isinstance(results, Sequence):
+        for item in list(node.users):
+            item.replace_all_uses_with(results[item.args[1]])
+            graph.erase_node(item)
+    else:
+        node.replace_all_uses_with(results)
+    graph.erase_node(node)

@@ -1,0 +1,175 @@
+"""One spelling per meaning: views are reshapes, conversions `to`, what computes nothing is dropped.
+
+The table at the end says how each op is rewritten; `spell` applies it. No value or gradient changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+
+from autotp.passes.composites import open_composites
+from autotp.passes.normalise import STRIDE_READERS, carriers, like, value_of
+
+aten = torch.ops.aten
+
+Rewrite = Callable[[fx.Node], fx.Node | None]
+"""From a node to the node that stands for it: a new one, an old one, or none: it is dropped."""
+
+
+def spell(graph: fx.Graph, seeds: Collection[str]) -> None:
+    """Rewrite `graph` in place by the table SPELLINGS; `seeds` are the placeholders with gradient."""
+    open_composites(graph)
+    found = carriers(graph, seeds)
+    keep_copies = any(node.target in STRIDE_READERS for node in graph.nodes)
+    for node in list(graph.nodes):
+        rewrite = SPELLINGS.get(node.target)
+        if node.target is aten.detach.default and node.args[0] in found:
+            continue
+        if rewrite is None or (rewrite is copied and keep_copies):
+            continue
+        with graph.inserting_before(node):
+            new = rewrite(node)
+        if new is not None:
+            node.replace_all_uses_with(new)
+        if new is not node:
+            graph.erase_node(node)
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+
+
+def dropped(node: fx.Node) -> None:
+    """Drop `node`, which computes nothing."""
+
+
+def source(node: fx.Node) -> fx.Node:
+    """Return the first operand of `node`."""
+    first = node.args[0]
+    assert isinstance(first, fx.Node)
+    return first
+
+
+def copied(node: fx.Node) -> fx.Node:
+    """Drop a copy, unless it changes the format or parts an output from what the user owns."""
+    memory_format = node.kwargs.get("memory_format")
+    leaves = source(node).op == "placeholder" and any(u.op == "output" for u in node.users)
+    plain = memory_format in (None, torch.contiguous_format, torch.preserve_format)
+    return source(node) if plain and not leaves else node
+
+
+def reshaped(node: fx.Node) -> fx.Node:
+    """Write any view as a reshape with its sizes, since what it reads need not stay contiguous."""
+    return resized(node, aten.reshape.default)
+
+
+def expanded(node: fx.Node) -> fx.Node:
+    """Write any expansion as expand with its sizes."""
+    return resized(node, aten.expand.default)
+
+
+def resized(node: fx.Node, op: OpOverload) -> fx.Node:
+    """Write `node` as `op` with its sizes, or drop it where they are unchanged."""
+    sizes = list(value_of(node).shape)
+    if sizes == list(value_of(source(node)).shape):
+        return source(node)
+    return like(node.graph, op, (source(node), sizes), node)
+
+
+def same_if_whole(node: fx.Node) -> fx.Node:
+    """Drop a slice that takes everything."""
+    return source(node) if value_of(node).shape == value_of(source(node)).shape else node
+
+
+def converted(node: fx.Node) -> fx.Node:
+    """Write a change of dtype as `to.dtype`; a change of device stays as it is."""
+    old, new = value_of(source(node)), value_of(node)
+    if old.device != new.device:
+        return node
+    if old.dtype == new.dtype:
+        return source(node)
+    return like(node.graph, aten.to.dtype, (source(node), new.dtype), node)
+
+
+def copied_from(node: fx.Node) -> fx.Node:
+    """Write aten.copy, which has no derivative, as what it computes."""
+    target, values = node.args[0], node.args[1]
+    assert isinstance(target, fx.Node) and isinstance(values, fx.Node)
+    new, old = value_of(node), value_of(values)
+    if new.shape != old.shape:
+        values = like(node.graph, aten.expand.default, (values, list(new.shape)), node)
+        values.meta["val"] = old.expand(new.shape)
+    if new.dtype != old.dtype:
+        values = like(node.graph, aten.to.dtype, (values, new.dtype), node)
+    return values
+
+
+def dropped_out(node: fx.Node) -> fx.Node:
+    """Drop a dropout that drops nothing."""
+    p, train = node.args[1], node.args[2]
+    return node if p and train else source(node)
+
+
+def native_dropped_out(node: fx.Node) -> fx.Node:
+    """Write native_dropout whose mask nobody reads as dropout."""
+    items = {user.args[1]: user for user in node.users}
+    if set(items) - {0} and any(items[i].users for i in set(items) - {0}):
+        return node
+    p, train = node.args[1], node.args[2]
+    for user in list(node.users):
+        if user.args[1] == 0:
+            args = (source(node), p, train is not False)
+            result = like(node.graph, aten.dropout.default, args, user)
+            user.replace_all_uses_with(dropped_out(result))
+        node.graph.erase_node(user)
+    return source(node)
+
+
+def zeroed(node: fx.Node) -> fx.Node:
+    """Fill what is made empty, so that it is the same on all ranks."""
+    new = like(node.graph, aten.zeros_like.default, node.args, node)
+    new.kwargs = node.kwargs
+    return new
+
+
+def split_safely(op: OpOverload) -> Rewrite:
+    """Return the rewrite to a split whose parts may share memory: nothing writes in place."""
+    return lambda node: like(node.graph, op, node.args, node)
+
+
+SPELLINGS: dict[Any, Rewrite] = {
+    aten._assert_tensor_metadata.default: dropped,
+    aten._to_copy.default: converted,
+    aten._unsafe_view.default: reshaped,
+    aten.alias.default: source,
+    aten.alpha_dropout.default: dropped_out,
+    aten.clone.default: copied,
+    aten.contiguous.default: copied,
+    aten.copy.default: copied_from,
+    aten.detach.default: source,
+    aten.dropout.default: dropped_out,
+    aten.empty_like.default: zeroed,
+    aten.expand.default: expanded,
+    aten.expand_as.default: expanded,
+    aten.feature_dropout.default: dropped_out,
+    aten.flatten.using_ints: reshaped,
+    aten.lift_fresh_copy.default: source,
+    aten.native_dropout.default: native_dropped_out,
+    aten.reshape.default: reshaped,
+    aten.reshape_as.default: reshaped,
+    aten.slice.Tensor: same_if_whole,
+    aten.squeeze.default: reshaped,
+    aten.to.device: converted,
+    aten.to.dtype: converted,
+    aten.to.dtype_layout: converted,
+    aten.to.other: converted,
+    aten.type_as.default: converted,
+    aten.unflatten.int: reshaped,
+    aten.unsafe_chunk.default: split_safely(aten.chunk.default),
+    aten.unsafe_split.Tensor: split_safely(aten.split.Tensor),
+    aten.unsafe_split_with_sizes.default: split_safely(aten.split_with_sizes.default),
+    aten.view.default: reshaped,
+    aten.view_as.default: reshaped,
+}
