@@ -50,6 +50,13 @@ def value_of(node: fx.Node) -> Any:
     return node.meta.get("val")
 
 
+def source(node: fx.Node) -> fx.Node:
+    """Return the first operand of `node`."""
+    first = node.args[0]
+    assert isinstance(first, fx.Node)
+    return first
+
+
 def user_line(node: fx.Node) -> str:
     """Return "file.py:line" of the user's code that made `node`, or "" where none is known."""
     frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")

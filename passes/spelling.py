@@ -1,6 +1,6 @@
 """One spelling per meaning: views are reshapes, conversions `to`, what computes nothing is dropped.
 
-The table at the end says how each op is rewritten; `spell` applies it. No value or gradient changes.
+The table at the end says how each op is rewritten. No value or gradient changes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 from autotp.passes.composites import open_composites
-from autotp.passes.normalise import STRIDE_READERS, carriers, like, value_of
+from autotp.passes.normalise import STRIDE_READERS, carriers, like, source, value_of
 
 aten = torch.ops.aten
 
@@ -22,7 +22,7 @@ Rewrite = Callable[[fx.Node], fx.Node | None]
 
 
 def spell(graph: fx.Graph, seeds: Collection[str]) -> None:
-    """Rewrite `graph` in place by the table SPELLINGS; `seeds` are the placeholders with gradient."""
+    """Rewrite `graph` in place by the table; `seeds` are the placeholders with gradient."""
     open_composites(graph)
     found = carriers(graph, seeds)
     keep_copies = any(node.target in STRIDE_READERS for node in graph.nodes)
@@ -43,13 +43,6 @@ def spell(graph: fx.Graph, seeds: Collection[str]) -> None:
 
 def dropped(node: fx.Node) -> None:
     """Drop `node`, which computes nothing."""
-
-
-def source(node: fx.Node) -> fx.Node:
-    """Return the first operand of `node`."""
-    first = node.args[0]
-    assert isinstance(first, fx.Node)
-    return first
 
 
 def copied(node: fx.Node) -> fx.Node:

@@ -1,0 +1,71 @@
+"""Composite ops that have no rule are opened into parts that have, and nothing changes."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from autotp.check import compare, prepare
+from autotp.grid import as_grid
+from autotp.passes.capture import capture
+from tests.random_plans import random_plan
+
+
+class Call(nn.Module):
+    """One function of a parameter times the input."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return self.function(x * self.scale)
+
+
+COMPOSITES = {
+    "moved": lambda x: x.movedim(1, 0),
+    "tiled": lambda x: x.tile(2, 3),
+    "taken along": lambda x: torch.take_along_dim(x, x.argsort(1), 1),
+    "contracted": lambda x: torch.tensordot(x, x, ([1], [1])),
+    "spectrum": lambda x: torch.fft.rfft(x, dim=1).abs(),
+    "median": lambda x: x.quantile(0.5, dim=1),
+    "mean of numbers": lambda x: x.nanmean(1),
+    "split": lambda x: torch.tensor_split(x, 4, dim=1),
+    "stacked": lambda x: torch.hstack([x, x]),
+    "leaks": lambda x: F.prelu(x, x.new_full((6,), 0.1)),
+}
+
+
+def captured(function, x):
+    program = capture(Call(function), (x,), {}, train=True)
+    return {str(n.target) for n in program.graph_module.graph.nodes if n.op == "call_function"}
+
+
+@pytest.mark.parametrize("name", COMPOSITES)
+def test_a_composite_is_opened_and_computes_the_same(name):
+    x = torch.randn(4, 6, dtype=torch.float64)
+    subject = prepare(Call(COMPOSITES[name]).double(), (x,), {})
+    assert not subject.network.unruled
+    for seed, grid in enumerate(((2,), (2, 2), (3,))):
+        report = compare(subject, random_plan(subject, as_grid(grid), seed))
+        assert report.ok, report
+
+
+@pytest.mark.parametrize("cell", (nn.LSTMCell, nn.GRUCell, nn.RNNCell))
+def test_cells_of_recurrent_networks_are_opened(cell):
+    subject = prepare(cell(6, 8).double(), (torch.randn(4, 6, dtype=torch.float64),), {})
+    assert not subject.network.unruled
+    assert any("addmm" in str(op.call.op) for op in subject.network.ops)
+    report = compare(subject, random_plan(subject, as_grid((2, 2)), 0))
+    assert report.ok, report
+
+
+def test_what_has_a_rule_stays_whole():
+    linear = captured(lambda x: F.linear(x, x), torch.randn(4, 6))
+    assert "aten.linear.default" in linear
+
+
+def test_what_looks_at_values_stays_whole():
+    found = captured(lambda x: torch.linalg.solve(x, x), torch.randn(3, 3))
+    assert "aten.linalg_solve.default" in found
