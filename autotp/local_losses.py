@@ -62,9 +62,10 @@ def _soft_cross_entropy(
     if reduction != _MEAN:
         return rows if reduction == _NONE else rows.sum()
     names = ["t", *(f"x{d}" for d in range(rows.ndim - 1))]
-    return rows.sum() / math.prod(
+    sizes: list[int] = [
         splits.get(f"size_{name}", n) for name, n in zip(names, rows.shape, strict=True)
-    )
+    ]
+    return rows.sum() / math.prod(sizes)
 
 
 def nll_loss(

@@ -43,8 +43,9 @@ def is_composite(node: fx.Node) -> bool:
     op = node.target
     if not isinstance(op, OpOverload) or op._schema.is_mutable:
         return False
-    has = torch._C._dispatch_has_kernel_for_dispatch_key
-    return bool(COMPOSITE in op.py_kernels or has(op.name(), COMPOSITE))
+    name: str = op.name()  # type: ignore[no-untyped-call]
+    has = torch._C._dispatch_has_kernel_for_dispatch_key(name, COMPOSITE)
+    return has or COMPOSITE in op.py_kernels
 
 
 def parts_of(node: fx.Node) -> fx.Graph | None:
@@ -52,7 +53,7 @@ def parts_of(node: fx.Node) -> fx.Graph | None:
     op: Any = node.target
     leaves, spec = pytree.tree_flatten((node.args, node.kwargs))
     nodes = [leaf for leaf in leaves if isinstance(leaf, fx.Node)]
-    tensors = [node.meta.get("val") for node in nodes]
+    tensors: list[Any] = [node.meta.get("val") for node in nodes]
     if not tensors or not all(is_static(t) for t in tensors):
         return None
 
@@ -129,7 +130,8 @@ def replace(graph: fx.Graph, node: fx.Node, results: Any) -> None:
     """Let `results` stand for the value of `node`, or for its items."""
     if isinstance(results, Sequence):
         for item in list(node.users):
-            item.replace_all_uses_with(results[item.args[1]])
+            number: Any = item.args[1]
+            item.replace_all_uses_with(results[number])
             graph.erase_node(item)
     else:
         node.replace_all_uses_with(results)
