@@ -72,7 +72,9 @@ def _axes(splits: dict[str, Any]) -> Axes:
 def _count(x: Tensor, splits: dict[str, Any]) -> int:
     """Return the elements per channel on all ranks together."""
     names = ["n", "", *(f"x{d}" for d in range(x.ndim - 2))]
-    sizes: list[int] = [splits.get(f"size_{name}", n) for name, n in zip(names, x.shape, strict=True)]
+    sizes: list[int] = [
+        splits.get(f"size_{name}", n) for name, n in zip(names, x.shape, strict=True)
+    ]
     return math.prod(sizes) // sizes[1]
 
 
