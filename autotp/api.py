@@ -56,6 +56,7 @@ def compile_rank(
     rest: Mapping[str, Layout] | None = None,
     sharded_outputs: bool = False,
     strict: bool = False,
+    rng: str = "fast",
 ) -> Compiled:
     """Return the program of this rank: the six steps from a model to its collectives."""
     with stage("capture"):
@@ -63,7 +64,7 @@ def compile_rank(
     mine = fingerprint(program)
     refuse_disagreement(
         "models",
-        {**mine, "the graph's ops": graph_digest(program)},
+        {**mine, "the graph's ops": graph_digest(program), "rng": rng},
         "build the same model, and pass inputs of the same shapes, on every rank",
     )
     with stage("infer factors"):
@@ -82,7 +83,7 @@ def compile_rank(
         _refuse_sharded(plan)
     refuse_disagreement("plans", {"plan": plan.hash}, "give every rank the same plan and versions")
     with stage("emit and verify"):
-        module = together(lambda: _emitted(program, network, factors, plan, coords, axes))
+        module = together(lambda: _emitted(program, network, factors, plan, coords, axes, rng))
     return Compiled(program, plan, module)
 
 
@@ -93,9 +94,10 @@ def _emitted(
     plan: Plan,
     coords: Coords,
     axes: Mapping[str, Axis],
+    rng: str,
 ) -> fx.GraphModule:
     """Return the program of one rank, its types checked."""
-    module = emit(program, network, plan, coords, axes)
+    module = emit(program, network, plan, coords, axes, rng)
     verify(module, network, factors, plan.grid)
     return module
 
@@ -111,24 +113,26 @@ def parallelize(
     outputs: str = "full",
     strict: bool = False,
     check_numerics: bool = False,
+    rng: str = "fast",
 ) -> nn.Module:
     """Make `model` the program of this rank of `grid`, in place, and return it.
 
-    grid            a tuple such as (2, 2), a dict of named axes or a DeviceMesh; as many ranks as
-                    the process group has. Without a group, torchrun's environment starts one.
+    grid            a tuple such as (2, 2), a dict of named axes or a DeviceMesh: all ranks of the
+                    process group, which torchrun's environment starts where there is none.
     example_inputs  a tuple (args), a dict (kwargs) or both; None plans at the first call.
     cluster         what prices the plan: a Cluster, its name, or this machine's default.
     plan, pins      a plan to follow, or choices to fix by module-path pattern.
     outputs         "full" returns what the original does, "sharded" DTensors.
     strict          refuse ops without a rule, in place of running them whole with a warning.
     check_numerics  name the first op and rank that make NaN or Inf; slow, for finding faults.
+    rng             "fast": masks independent where split; "exact": the single device's masks.
 
     Raises AutotpError: what is not supported is refused by name.
     """
     device_type = device_of(list(model.parameters())).type
     shape = ensure_process_group(grid, device_type)
-    chosen = together(lambda: _accepted(model, outputs, cluster, device_type))
-    options = f"outputs={outputs!r}, strict={strict}, check_numerics={check_numerics}"
+    chosen = together(lambda: _accepted(model, outputs, rng, cluster, device_type))
+    options = f"{outputs=}, {rng=}, {strict=}, {check_numerics=}"
     _refuse_other_calls(shape, model, example_inputs, plan, options)
     mesh = grid if isinstance(grid, DeviceMesh) else make_mesh(shape, device_type)
     planned = {n: r.layout for n, r in plan.params.items()} if plan and plan.grid == shape else None
@@ -152,17 +156,22 @@ def parallelize(
             rest=state.layouts or planned,
             sharded_outputs=outputs == "sharded",
             strict=strict,
+            rng=rng,
         )
 
     state = new_state(shape, compile_one, outputs, mesh, check_numerics)
-    parallel = make_parallel(model, state)
+    return _planned(make_parallel(model, state), example_inputs)
+
+
+def _planned(model: ParallelModule, example_inputs: Any) -> ParallelModule:
+    """Return `model`, planned at once where it has inputs to be planned for."""
     if example_inputs is not None:
-        compile_mode(parallel, *split_inputs(example_inputs))
-    return parallel
+        compile_mode(model, *split_inputs(example_inputs))
+    return model
 
 
 def _accepted(
-    model: nn.Module, outputs: str, cluster: Cluster | str | None, device_type: str
+    model: nn.Module, outputs: str, rng: str, cluster: Cluster | str | None, device_type: str
 ) -> Cluster:
     """Return the cluster of a call of parallelize; raise for what cannot be accepted."""
     if outputs not in ("full", "sharded"):
@@ -171,6 +180,7 @@ def _accepted(
             at=[("outputs", f"{outputs!r} is neither")],
             remedy='outputs="full" or outputs="sharded"',
         )
+    _refuse_mode(rng)
     if isinstance(model, ParallelModule):
         raise AutotpError(
             f"{type(model).__name__} is parallel already",
@@ -179,6 +189,16 @@ def _accepted(
         )
     refuse_model(model, weights=True)
     return as_cluster(cluster, device_type)
+
+
+def _refuse_mode(rng: str) -> None:
+    """Raise AutotpError for a mode of randomness that there is not."""
+    if rng not in ("fast", "exact"):
+        raise AutotpError(
+            "masks are drawn fast or exact",
+            at=[("rng", f"{rng!r} is neither")],
+            remedy='rng="fast" or rng="exact"',
+        )
 
 
 def _refuse_other_calls(
@@ -237,16 +257,19 @@ def check(
     cluster: Cluster | str | None = None,
     plan: Plan | None = None,
     pins: Pins | None = None,
+    rng: str = "fast",
 ) -> Report:
     """Run every rank's program in this one process and compare it with `model`.
 
     Compares all outputs, the loss, every gradient and every parameter after one SGD step. `model`
-    and the state of the random generators are left as they were. Arguments as for `parallelize`.
+    and the state of the random generators are left as they were. Arguments as for `parallelize`;
+    with rng="exact" dropout stays on and is compared too.
     """
+    _refuse_mode(rng)
     shape = as_grid(grid)
     refuse_model(model, weights=True)
     with stage("run the original"):
-        subject = prepare(model, *split_inputs(example_inputs))
+        subject = prepare(model, *split_inputs(example_inputs), rng)
     program, network = subject.program, subject.network
     if plan is None:
         chosen = as_cluster(cluster, device_of(list(model.parameters())).type)

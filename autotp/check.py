@@ -38,6 +38,7 @@ from autotp.passes.verify import verify
 from autotp.plan import Plan
 from autotp.reference import (
     LEARNING_RATE,
+    SEED,
     Cotangents,
     Step,
     active_dropout,
@@ -82,11 +83,17 @@ class Subject:
     tolerance: Tolerance
     jitter: Mapping[Key, float]
     captured: tuple[Difference, ...] = ()
+    rng: str = "fast"
     notes: tuple[str, ...] = ()
 
 
-def prepare(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Subject:
-    """Capture `model` in its current mode and take the original's step on a copy of it."""
+def prepare(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], rng: str = "fast"
+) -> Subject:
+    """Capture `model` in its current mode and take the original's step on a copy of it.
+
+    With rng="exact" dropout stays on: the ranks draw what the original draws.
+    """
     members = {
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
@@ -99,7 +106,7 @@ def prepare(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         rounding = tolerance(program, network)
         inputs = tuple(program.flatten_inputs(args, kwargs))
         reference, backward = original_step(model, program, args, kwargs)
-        dropout = len(active_dropout(program))
+        dropout = 0 if rng == "exact" else len(active_dropout(program))
         whole = captured_step(program, state, inputs, backward)
         captured = tuple(between_steps(program, reference, whole))
         if dropout:
@@ -123,7 +130,8 @@ def prepare(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         tolerance=rounding,
         jitter=jitter,
         captured=tuple(replace(d, kind=f"captured {d.kind}") for d in captured),
-        notes=tuple(_notes(program, network, dropout, rounding)),
+        rng=rng,
+        notes=tuple(_notes(program, network, dropout, rounding, rng)),
     )
 
 
@@ -135,7 +143,9 @@ COARSE = 0.05
 """A tolerance above which equality says little."""
 
 
-def _notes(program: Program, network: Network, dropout: int, rounding: Tolerance) -> Iterator[str]:
+def _notes(
+    program: Program, network: Network, dropout: int, rounding: Tolerance, rng: str
+) -> Iterator[str]:
     if rounding.value > COARSE:
         yield f"{rounding.dtype} is too coarse to prove much: check model.float() or .double()"
     for op, count in network.unruled.items():
@@ -145,7 +155,7 @@ def _notes(program: Program, network: Network, dropout: int, rounding: Tolerance
             f"dropout is active at {dropout} sites: the captured graph was compared with the"
             " original under one seed, the ranks with the captured graph, dropout turned off"
         )
-    for name in other_draws(program):
+    for name in other_draws(program) if rng == "fast" else ():
         yield f"{name} draws random numbers: what depends on it cannot be equal"
 
 
@@ -190,8 +200,10 @@ def take_step(subject: Subject, plan: Plan, execute: Execute | None = None) -> G
         subject.state,
         subject.inputs,
         backward=subject.backward,
+        seed=SEED,
         lr=0.0 if execute else LEARNING_RATE,
         execute=execute,
+        rng=subject.rng,
     )
 
 

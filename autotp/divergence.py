@@ -21,6 +21,7 @@ from autotp.grid import Grid
 from autotp.layouts import AxisType, Layout, P, R, layout_text
 from autotp.passes.network import is_getitem, value_name
 from autotp.passes.program import Program
+from autotp.reference import SEED
 from autotp.simulate import Execute, differences, run_backward
 
 DUAL: dict[AxisType, AxisType] = {R: P, P: R}
@@ -101,6 +102,7 @@ def record_original(
 ) -> Values:
     """Run the captured graph forward and backward; return its values by name."""
     values: Values = {}
+    torch.manual_seed(SEED)
     outputs = Recorder(program.graph_module, values).run(*placeholders)
     run_backward(outputs, backward)
     nodes = {n.name: n for n in program.graph.nodes}

@@ -7,7 +7,6 @@ Statistics are taken in float32 at least and are complete on every rank of the s
     vocab_embedding     v split: foreign rows are zero, the result is a partial sum
     cross_entropy       t or v split: the loss is partial over t, the same on all ranks of v
     layer_norm, rms_norm, softmax, log_softmax    the normalised dim split: so is the result
-    dropout, sdpa_dropout    any dim split: masks differ where the tensor does
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ from torch.nn import functional as F
 
 from autotp.errors import LayoutError
 from autotp.parts import Axes, apply_function, my_range, owned, total_over, widened
-from autotp.randomness import RandomState, default_generator_seeded, keep_mask, site_seed
 
 # Embedding -------------------------------------------------------------------------------------
 
@@ -306,54 +304,3 @@ class _Softmax(torch.autograd.Function):
         total = total_over((g if ctx.log else g * y).sum(ctx.dim, keepdim=True), ctx.axes)
         dx = g - y * total if ctx.log else y * (g - total)
         return dx.to(out.dtype), None, None, None
-
-
-# Random ops ------------------------------------------------------------------------------------
-
-
-def dropout(
-    x: Tensor, p: float, train: bool, *, rng: RandomState, split: Axes = (), site: int
-) -> Tensor:
-    """Zero elements with probability `p` and scale the rest, alike on the replicas of `x`."""
-    if not train or p == 0:
-        return x
-    if p == 1:
-        return x * 0
-    return apply_function(_Masked, x, keep_mask(x, p, rng, site, split), 1 / (1 - p))
-
-
-class _Masked(torch.autograd.Function):
-    """x * mask * scale, which saves one byte per element."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, mask: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(mask)
-        ctx.scale = scale
-        return x * mask * scale
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (mask,) = ctx.saved_tensors
-        return grad * mask * ctx.scale, None, None
-
-
-def sdpa_dropout(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    rng: RandomState,
-    split: Axes = (),
-    site: int,
-) -> Tensor:
-    """Return scaled dot product attention, its dropout alike on the replicas of `query`."""
-    seed = site_seed(rng.step_seed, site, [axis.index for axis in split])
-    with default_generator_seeded(seed, query.device):
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )

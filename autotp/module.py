@@ -28,7 +28,7 @@ from autotp.numerics import run_checked
 from autotp.passes.program import Program
 from autotp.placements import as_dtensor, local_tensor, whole
 from autotp.plan import Plan
-from autotp.randomness import agreed_step_seed
+from autotp.randomness import agreed_step_seed, refuse_unequal_generators
 from autotp.ranks import digest, refuse_disagreement, together
 
 
@@ -142,7 +142,9 @@ class ParallelModule(nn.Module):
         program = compiled.program
         inputs = _flat_inputs(state, program, mode, args, kwargs)
         rng = compiled.graph_module.meta["rng"]
-        if rng is not None:
+        if rng is not None and rng.exact:
+            refuse_unequal_generators(state.axes.values(), [torch.device(state.mesh.device_type)])
+        elif rng is not None:
             rng.step_seed = agreed_step_seed(state.axes.values())
         return compiled, [*_arguments(state, program, inputs)]
 

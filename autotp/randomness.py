@@ -1,15 +1,19 @@
-"""Randomness: masks equal where a tensor is replicated, different where it is split.
+"""Randomness: masks equal where a tensor is replicated, and what they are where it is split.
 
-A module draws one seed per forward; every random site of its graph derives its own from that seed,
-from the site's number and from this rank's index on the axes that split the tensor. Replicas share
-all three. Nothing else is drawn, so a recomputed forward under torch.utils.checkpoint, which
-restores torch's default generator, draws the same seed and the same masks.
+Fast: different where split. A module draws one seed per forward; every random site of its graph
+derives its own from that seed, from the site's number and from this rank's index on the axes that
+split the tensor. Replicas share all three. Nothing else is drawn, so a recomputed forward under
+torch.utils.checkpoint, which restores torch's default generator, draws the same seed and masks.
+
+Exact: the single device's. Every rank's default generator moves as the original's does: each site
+draws the whole tensor's numbers from it, in the order of the graph (`drawn_call`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +22,7 @@ import torch
 from torch import Tensor
 
 from autotp.axis import Axis
+from autotp.errors import RuntimeStateError
 
 _MASK_64 = 2**64 - 1
 _SEED_BITS = 63
@@ -26,14 +31,39 @@ _DEFAULT_GENERATOR = threading.Lock()  # simulated ranks are threads and share t
 
 @dataclass(slots=True)
 class RandomState:
-    """The seed of the forward that runs: the module writes it, the sites of its graph read it."""
+    """What the sites of a graph draw from: the module writes it, they read it.
+
+    step_seed    the seed of the forward that runs
+    exact        whether sites draw from torch's default generator
+    own          where several ranks share a process, the state of that generator as this rank
+                 has left it, by device; each begins at `step_seed`
+    """
 
     step_seed: int = 0
+    exact: bool = False
+    own: dict[torch.device, Tensor] | None = None
 
 
 def draw_step_seed() -> int:
     """Draw the seed of one forward from torch's default generator, which torch.manual_seed sets."""
     return int(torch.randint(2**_SEED_BITS - 1, ()).item())
+
+
+def refuse_unequal_generators(axes: Iterable[Axis], devices: Iterable[torch.device]) -> None:
+    """Raise RuntimeStateError unless torch's default generators stand alike on all ranks."""
+    states = [_default_generator(d).get_state() for d in devices]
+    text = hashlib.sha256(b"".join(s.numpy().tobytes() for s in states)).digest()
+    mine = torch.tensor(int.from_bytes(text[:7], "big"))
+    for axis in axes:
+        if axis.size > 1:
+            most, least = axis.all_reduce(torch.stack([mine, -mine]), "max").tolist()
+            if most != -least:
+                raise RuntimeStateError(
+                    'rng="exact" needs the same random state on every rank',
+                    at=[(f"axis {axis.name}", "torch's default generators differ")],
+                    remedy="call torch.manual_seed with one seed on every rank, and draw from the"
+                    ' default generator on all ranks or on none; or use rng="fast"',
+                )
 
 
 def agreed_step_seed(axes: Iterable[Axis]) -> int:
@@ -77,12 +107,39 @@ def default_generator_seeded(seed: int, device: torch.device) -> Iterator[None]:
             generator.set_state(state)
 
 
-def seeded_call(op: Any, *args: Any, rng: RandomState, site: int, **kwargs: Any) -> Any:
-    """Run an op that draws from torch's default generator so that all ranks draw the same."""
-    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-    device = tensors[0].device if tensors else torch.device(kwargs.get("device") or "cpu")
-    with default_generator_seeded(site_seed(rng.step_seed, site, ()), device):
+def seeded_call(
+    op: Any, *args: Any, rng: RandomState, site: int, split: Sequence[Axis] = (), **kwargs: Any
+) -> Any:
+    """Run an op that draws from torch's default generator: alike where `split` has one index."""
+    seed = site_seed(rng.step_seed, site, [axis.index for axis in split])
+    with default_generator_seeded(seed, _device_of(args, kwargs)):
         return op(*args, **kwargs)
+
+
+def drawn_call(op: Any, *args: Any, rng: RandomState, **kwargs: Any) -> Any:
+    """Run an op that draws from torch's default generator, which moves on as it does alone."""
+    if rng.own is None:
+        return op(*args, **kwargs)
+    device = _device_of(args, kwargs)
+    generator = _default_generator(device)
+    with _DEFAULT_GENERATOR:
+        before = generator.get_state()
+        try:
+            generator.set_state(rng.own.get(device, _state_at(rng.step_seed, device)))
+            out = op(*args, **kwargs)
+            rng.own[device] = generator.get_state()
+        finally:
+            generator.set_state(before)
+    return out
+
+
+def _state_at(seed: int, device: torch.device) -> Tensor:
+    return torch.Generator(device).manual_seed(seed).get_state()
+
+
+def _device_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.device:
+    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+    return tensors[0].device if tensors else torch.device(kwargs.get("device") or "cpu")
 
 
 def _default_generator(device: torch.device) -> torch.Generator:

@@ -60,18 +60,20 @@ def run_grid(
     backward: Sequence[Tensor | None] | None = None,
     lr: float = 0.0,
     execute: Execute | None = None,
+    rng: str = "fast",
 ) -> GridRun:
     """Run forward, backward and one SGD step on every rank of `plan.grid`.
 
     `state` holds whole parameters and buffers by name; `backward` the whole gradients of the
     outputs, by default one for the first; `execute` stands in for calling a rank's program.
+    `seed` is the step's, and with rng="exact" that of the generator each rank draws from.
     """
 
     def step(rank: int, axes: dict[str, Axis]) -> RankRun:
         coords = plan.grid.coords(rank)
-        module = emit(program, network, plan, coords, axes)
+        module = emit(program, network, plan, coords, axes, rng)
         if module.meta["rng"] is not None:
-            module.meta["rng"].step_seed = seed
+            module.meta["rng"].step_seed, module.meta["rng"].own = seed, {}
         params = local_params(plan, state, rank)
         own = leaves(inputs)
         values = placeholder_values(program, params, state, own)

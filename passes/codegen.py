@@ -31,11 +31,13 @@ from autotp.layouts import (
     local_shape,
     local_size,
 )
+from autotp.passes.draws import draws
 from autotp.passes.network import Network, Op, is_getitem, output_args, value_name
 from autotp.passes.program import Program
-from autotp.passes.rules import Call, Tensor, draws
+from autotp.passes.rules import Call, Tensor
+from autotp.passes.sites import CALLERS, Sites, unread
 from autotp.plan import Decision, Plan, PlannedMove
-from autotp.randomness import RandomState, seeded_call
+from autotp.randomness import RandomState
 
 aten = torch.ops.aten
 Key = tuple[str, Layout]
@@ -53,7 +55,7 @@ class _Emitter:
     moves: dict[str, list[PlannedMove]] = field(default_factory=dict)
     hubs: Mapping[str, Layout] = field(default_factory=dict)
     made: dict[str, Layout] = field(default_factory=dict)
-    sites: int = 0
+    sites: Sites = field(init=False)
 
     @property
     def grid(self) -> Grid:
@@ -65,14 +67,23 @@ class _Emitter:
 
 
 def emit(
-    program: Program, network: Network, plan: Plan, coords: Coords, axes: Mapping[str, Axis]
+    program: Program,
+    network: Network,
+    plan: Plan,
+    coords: Coords,
+    axes: Mapping[str, Axis],
+    rng: str = "fast",
 ) -> fx.GraphModule:
-    """Return the program of the rank at `coords` under `plan`."""
+    """Return the program of the rank at `coords` under `plan`; `rng` is "fast" or "exact"."""
     e = _Emitter(program, network, plan, coords, hubs=plan.copies)
+    e.sites = Sites(rng == "exact", plan.grid, coords)
+    idle = set() if e.sites.exact else unread(program.graph)
     for move in plan.moves:
         e.moves.setdefault(move.value, []).append(move)
     ops = {op.name: (op, d) for op, d in zip(network.ops, plan.decisions, strict=True)}
     for node in program.graph_module.graph.nodes:
+        if node.name in idle:
+            continue
         if node.op == "placeholder":
             _emit_placeholder(e, node)
         elif node.name in ops:
@@ -80,10 +91,10 @@ def emit(
         elif node.op == "call_function" and not _stands_for_result(node, ops):
             _emit_whole(e, node)
     _emit_output(e)
-    rng = RandomState()
-    root = {name: rng if name == "rng" else axes[name] for name in e.attributes}
+    state = RandomState(exact=e.sites.exact)
+    root = {name: state if name == "rng" else axes[name] for name in e.attributes}
     module = fx.GraphModule(root, e.graph, class_name=f"Rank{plan.grid.rank(coords)}")
-    module.meta["rng"] = rng if "rng" in root else None
+    module.meta["rng"] = state if "rng" in root else None
     return module
 
 
@@ -101,8 +112,11 @@ def _emit_placeholder(e: _Emitter, node: fx.Node) -> None:
 def _emit_whole(e: _Emitter, node: fx.Node) -> None:
     """Copy an op that depends on no parameter: its operands are whole on every rank."""
     made = e.graph.node_copy(node, lambda n: e.nodes[value_name(n), e.whole])
-    if draws(node.target):
-        _seed(e, made)
+    if draws(node):
+        op: Any = made.target
+        made.target, extra = e.sites.whole(node, _attribute(e, "rng"))
+        made.args = (op, *made.args) if made.target in CALLERS else made.args
+        made.kwargs = {**made.kwargs, **extra}
     if is_getitem(node):
         _note(e, value_name(node), e.whole, made, node)
         return
@@ -140,8 +154,8 @@ def _emit_op(e: _Emitter, node: fx.Node, op: Op, decision: Decision) -> None:
     local = _localized(e, whole, decision)
     if op.rule.localize:
         args = op.rule.localize(whole, local)
-    target, extra = _target(e, op, decision)
-    if target is seeded_call:
+    target, extra = _target(e, node, op, decision)
+    if target in CALLERS:
         args = (op.call.op, *args)
     made = e.graph.create_node(
         "call_function", target, args, {**kwargs, **extra}, name=_node_name(decision.name)
@@ -191,38 +205,20 @@ def substitute(node: fx.Node, operands: Sequence[fx.Node]) -> tuple[Any, dict[st
     return args, {k: kwargs[k] for k in node.kwargs}
 
 
-def _target(e: _Emitter, op: Op, decision: Decision) -> tuple[Any, dict[str, Any]]:
+def _target(e: _Emitter, node: fx.Node, op: Op, decision: Decision) -> tuple[Any, dict[str, Any]]:
     """Return the function that runs locally and the arguments that it takes beside the op's own."""
-    if op.rule.random and op.rule.random(op.call):
-        split = tuple(
-            _attribute(e, axis)
-            for axis, factors in zip(e.grid.names, decision.split, strict=True)
-            if factors
-        )
-        return op.rule.draw, {**_site(e), "split": split}
-    if draws(op.call.op) and op.rule.random is None:
-        return seeded_call, _site(e)
+    if draws(node):
+        split = zip(e.grid.names, decision.split, strict=True)
+        axes = tuple(_attribute(e, axis) for axis, factors in split if factors)
+        layouts = decision.operands, decision.results
+        return e.sites.split(node, op.rule, layouts, axes, _attribute(e, "rng"))
     extra: dict[str, Any] = {}
     for factor in op.rule.own:
-        axes = _splitting(e, decision, factor)
+        axes = tuple(_attribute(e, a) for a in _splitting(e, decision, factor))
         if axes:
-            extra[f"split_{factor}"] = tuple(_attribute(e, a) for a in axes)
+            extra[f"split_{factor}"] = axes
             extra[f"size_{factor}"] = op.signature.sizes[factor]
     return (op.rule.program, extra) if extra else (op.call.op, {})
-
-
-def _site(e: _Emitter) -> dict[str, Any]:
-    """Return the arguments by which a call that draws random numbers finds its seed."""
-    e.sites += 1
-    return {"rng": _attribute(e, "rng"), "site": e.sites}
-
-
-def _seed(e: _Emitter, made: fx.Node) -> None:
-    """Let a whole op draw the same on all ranks."""
-    op: Any = made.target
-    made.args = (op, *made.args)
-    made.target = seeded_call
-    made.kwargs = {**made.kwargs, **_site(e)}
 
 
 def _splitting(e: _Emitter, decision: Decision, factor: str) -> list[str]:

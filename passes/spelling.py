@@ -13,6 +13,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 from autotp.passes.composites import open_composites
+from autotp.passes.draws import free_draws
 from autotp.passes.normalise import STRIDE_READERS, carriers, like, source, value_of
 
 aten = torch.ops.aten
@@ -38,7 +39,7 @@ def spell(graph: fx.Graph, seeds: Collection[str]) -> None:
             node.replace_all_uses_with(new)
         if new is not node:
             graph.erase_node(node)
-    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    free_draws(graph)
 
 
 def dropped(node: fx.Node) -> None:
@@ -110,14 +111,14 @@ def native_dropped_out(node: fx.Node) -> fx.Node:
     items = {user.args[1]: user for user in node.users}
     if set(items) - {0} and any(items[i].users for i in set(items) - {0}):
         return node
-    p, train = node.args[1], node.args[2]
+    args = (source(node), node.args[1], node.args[2] is not False)
+    result = like(node.graph, aten.dropout.default, args, node)
+    result.meta["val"] = value_of(node)[0]
     for user in list(node.users):
         if user.args[1] == 0:
-            args = (source(node), p, train is not False)
-            result = like(node.graph, aten.dropout.default, args, user)
             user.replace_all_uses_with(dropped_out(result))
         node.graph.erase_node(user)
-    return source(node)
+    return result
 
 
 def zeroed(node: fx.Node) -> fx.Node:

@@ -28,6 +28,7 @@ RUNTIME = {
     "local_programs",
     "local_statistics",
     "parts",
+    "random_programs",
     "randomness",
     "ranks",
     "split_attention",

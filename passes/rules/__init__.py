@@ -18,7 +18,7 @@ from autotp.passes.rules import (
     window,
 )
 from autotp.passes.rules.sentence import Signature, parse
-from autotp.passes.rules.table import Call, Rule, Tensor, draws, find, rows, rule
+from autotp.passes.rules.table import Call, Rule, Tensor, find, rows, rule
 
 __all__ = [
     "Call",
@@ -28,7 +28,6 @@ __all__ = [
     "attention",
     "convolution",
     "creation",
-    "draws",
     "einsum",
     "find",
     "index",

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from autotp import local_programs
+from autotp import random_programs
 from autotp.passes.rules.table import Call, Message, Ranks, rule, wide_bytes
 from autotp.split_attention import split_attention, tour, way_home
 
@@ -74,5 +74,6 @@ rule(
     program=split_attention,
     traffic=ring_traffic,
     random=draws,
-    draw=local_programs.sdpa_dropout,
+    draw=random_programs.sdpa_dropout,
+    exact=random_programs.exact_sdpa,
 )

@@ -89,6 +89,7 @@ class Rule:
     traffic   what the program sends inside, over the axes that split each factor
     random    whether this call draws random numbers
     draw      the program that draws them; it takes the op's arguments and `rng`, `split`, `site`
+    exact     the one that draws the single device's numbers (autotp.random_programs)
     localize  rewrites literal arguments from whole to local sizes
     average   whether a summed factor is averaged over: the partial is scaled by its share
     flops     products of factors, such as "b n s t d + b n s t e"; twice their sum is counted
@@ -105,6 +106,7 @@ class Rule:
     traffic: Traffic | None = None
     random: Test | None = None
     draw: Callable[..., Any] | None = None
+    exact: Callable[..., Any] | None = None
     localize: Localize | None = None
     average: Test | None = None
     flops: str | Callable[[Call], str] | None = None

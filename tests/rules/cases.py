@@ -345,6 +345,11 @@ FAMILIES = {
     "random": lambda: [
         (aten.dropout.default, x(4, 6), 0.0, True),
         (aten.dropout.default, x(4, 6), 0.5, False),
+        (aten.bernoulli.default, mask(4, 6).double()),
+        (aten.alpha_dropout.default, x(4, 6), 0.0, True),
+        (aten.feature_alpha_dropout.default, x(4, 6, 3), 0.0, True),
+        (aten.feature_dropout.default, x(4, 6, 3), 0.5, False),
+        (aten.native_dropout.default, x(4, 6), 0.5, False),
     ],
     "recurrent": lambda: [
         (aten.gru.input, x(3, 4, 5), x(1, 4, 2), GRU, True, 1, 0.0, True, False, False),
