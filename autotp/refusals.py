@@ -48,16 +48,26 @@ REPLACE_FSDP = "leave out FSDP: pins=autotp.schemes.fsdp(model, grid, inputs) pl
 COMPILE_LATER = "call autotp.parallelize first, then torch.compile what it returns"
 QUANTISE_NOT = "load the weights in floating point: float32, bfloat16 or float16"
 
+PLAIN = "pass the Python module"
+IN_DDP = "is wrapped in DDP, which would average the gradients again"
+IN_DATA_PARALLEL = "is wrapped in DataParallel, which copies the model"
+IN_FSDP = "is wrapped in FSDP, which has flattened the parameters"
+FULLY_SHARDED = "is sharded by fully_shard, which gathers by itself"
+COMPILED = "is compiled by torch.compile, which hides the module"
+COMPILED_IN_PLACE = "is compiled by module.compile(), which hides the module"
+SCRIPTED = "is a TorchScript module, which cannot be captured"
+PACKED = "is quantised: its weights are packed"
+
 WRAPPERS = (
-    Wrapper("torch.nn.parallel", "DistributedDataParallel", "is wrapped in DDP", UNWRAP),
-    Wrapper("torch.nn.parallel", "DataParallel", "is wrapped in DataParallel", UNWRAP),
-    Wrapper("torch.distributed.fsdp", "FullyShardedDataParallel", "is wrapped in FSDP", UNWRAP),
-    Wrapper("torch.distributed.fsdp", "FSDPModule", "is sharded by fully_shard", REPLACE_FSDP),
-    Wrapper("torch._dynamo", "OptimizedModule", "is compiled by torch.compile", COMPILE_LATER),
-    Wrapper("torch.jit", "ScriptModule", "is a TorchScript module", "pass the Python module"),
-    Wrapper("torch.ao.nn.quantized", "", "is quantised", QUANTISE_NOT),
-    Wrapper("torch.ao.nn.intrinsic.quantized", "", "is quantised", QUANTISE_NOT),
-    Wrapper("bitsandbytes.nn", "", "is quantised by bitsandbytes", QUANTISE_NOT),
+    Wrapper("torch.nn.parallel", "DistributedDataParallel", IN_DDP, UNWRAP),
+    Wrapper("torch.nn.parallel", "DataParallel", IN_DATA_PARALLEL, UNWRAP),
+    Wrapper("torch.distributed.fsdp", "FullyShardedDataParallel", IN_FSDP, UNWRAP),
+    Wrapper("torch.distributed.fsdp", "FSDPModule", FULLY_SHARDED, REPLACE_FSDP),
+    Wrapper("torch._dynamo", "OptimizedModule", COMPILED, COMPILE_LATER),
+    Wrapper("torch.jit", "ScriptModule", SCRIPTED, PLAIN),
+    Wrapper("torch.ao.nn.quantized", "", PACKED, QUANTISE_NOT),
+    Wrapper("torch.ao.nn.intrinsic.quantized", "", PACKED, QUANTISE_NOT),
+    Wrapper("bitsandbytes.nn", "", PACKED, QUANTISE_NOT),
 )
 """What may stand around or within a model, as users know it."""
 
@@ -75,7 +85,7 @@ def refuse_model(model: nn.Module, *, weights: bool) -> None:
     Raises WrappedModelError, and AutotpError for parameters or buffers on the meta device.
     """
     wrapped = [*_wrapped_modules(model)]
-    sharded = any("fully_shard" in f.fact for f in wrapped)
+    sharded = any(f.fact == FULLY_SHARDED for f in wrapped)
     wrapped += [*_odd_parameters(model, sharded)]
     if wrapped:
         raise WrappedModelError(
@@ -96,7 +106,9 @@ def _wrapped_modules(model: nn.Module) -> Iterator[Fault]:
                 break
         else:
             if getattr(module, "_compiled_call_impl", None) is not None:
-                yield Fault(place, "is compiled by module.compile()", COMPILE_LATER)
+                yield Fault(
+                    place, "is compiled by module.compile(), which hides the module", COMPILE_LATER
+                )
 
 
 def _odd_parameters(model: nn.Module, sharded: bool) -> Iterator[Fault]:

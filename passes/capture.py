@@ -3,8 +3,7 @@
     capture(model, args, kwargs, train=...) -> Program
 
 Shapes are static. The model is left as it was: training flags, configuration and gradients.
-What the graph could not keep in silence is refused by name (custom autograd functions, no_grad
-within autocast, writes to inputs or parameters) or warned about (gradient checkpointing).
+What the graph cannot keep is refused by name, or warned about (gradient checkpointing).
 """
 
 from __future__ import annotations
@@ -26,7 +25,9 @@ from autotp.passes.draws import hold_draws, release_draws
 from autotp.passes.export import (
     distinct_tensors,
     export,
+    leftover_remedies,
     refuse_shared_memory,
+    region_text,
     training_flag,
     warn_of_checkpointing,
     without_cache,
@@ -284,16 +285,13 @@ def protect_buffers(
 
 def refuse_leftovers(graph: fx.Graph) -> None:
     """Refuse what is neither a tensor op nor functional."""
-    problems = [
-        (user_line(node) or node.name, what)
-        for node in graph.nodes
-        if (what := leftover(node)) is not None
-    ]
+    found = [(user_line(node) or node.name, leftover(node)) for node in graph.nodes]
+    problems = [(place, what) for place, what in found if what is not None]
     if problems:
         raise CaptureError(
             "the model computes what a plan cannot hold",
             at=problems,
-            remedy="make Python independent of tensors' values; avoid torch.cond, .item(), x[mask]",
+            remedy=leftover_remedies([what for _, what in problems]),
         )
 
 
@@ -302,7 +300,7 @@ def leftover(node: fx.Node) -> str | None:
     if node.op in ("get_attr", "call_module", "call_method"):
         return f"{node.op} {node.target}"
     if isinstance(node.target, HigherOrderOperator):
-        return f"{node.target}, a control-flow region"
+        return region_text(node)
     if isinstance(value_of(node), torch.SymInt | torch.SymFloat | torch.SymBool):
         return f"{node.target}: a Python number that depends on a tensor's values"
     if any(isinstance(n, torch.SymInt) for n in getattr(value_of(node), "shape", ())):

@@ -12,12 +12,12 @@ import itertools
 import re
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NoReturn
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.overrides import TorchFunctionMode
@@ -249,22 +249,54 @@ def failure(error: Exception) -> CaptureError:
     """Return what torch.export raised as one line, with the user's line and a remedy."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [(f.filename, f.lineno or 0) for f in frames if f.filename != __file__]
-    reason = next((s for s in str(error).splitlines() if s.strip()), type(error).__name__)
+    reason = next((s for s in str(error).splitlines() if s.strip()), type(error).__name__).strip()
     code = frames[-1].line
     inside = [f for f in frames if f"{f.filename}:{f.lineno}".endswith(pick_line(lines) or "\0")]
     code = inside[-1].line if inside else code
-    return CaptureError(
-        f"the model cannot be captured as one graph: {reason.strip()}",
-        at=[(pick_line(lines) or "torch.export", code or "")],
-        remedy=remedy(error),
-    )
+    place = (pick_line(lines) or "torch.export", code or "")
+    if re.search(r"data.?dependent|GuardOn|unbacked", f"{type(error)} {error}", re.IGNORECASE):
+        return CaptureError(
+            "the model's Python depends on the values of a tensor, and a plan is made before them",
+            at=[place, ("torch", reason.partition(" (unhinted")[0])],
+            remedy=VALUE_REMEDIES,
+        )
+    what = f"the model cannot be captured as one graph: {reason}"
+    return CaptureError(what, at=[place], remedy=remedy(f"{type(error).__name__} {error}"))
 
 
-def remedy(error: Exception) -> str:
+VALUE_REMEDIES = (
+    "compute with the values in tensors: torch.where in place of if and of x[mask]",
+    "compute the number before the model is called, and pass it: a constant of the plan",
+    "put these lines into a torch.library custom op: it runs whole, or as autotp.rule says",
+)
+"""What to do where Python depends on a tensor's values."""
+WRITES = "a custom op that writes to its operands"
+REGION = "a control-flow region"
+
+
+def leftover_remedies(facts: Collection[str]) -> tuple[str, ...]:
+    """Say what to do about nodes that a plan cannot hold."""
+    out = ["make the op return what it writes: mutates_args=()"] if _said(WRITES, facts) else []
+    out += ["write both branches, and torch.where between them"] if _said(REGION, facts) else []
+    others = [f for f in facts if not f.endswith((WRITES, REGION))]
+    return (*out, *(VALUE_REMEDIES if others else ()))
+
+
+def _said(what: str, facts: Collection[str]) -> bool:
+    return any(f.endswith(what) for f in facts)
+
+
+def region_text(node: fx.Node) -> str:
+    """Say what a call of a higher-order op is that a plan cannot hold."""
+    if str(node.target).startswith("auto_functionalized"):
+        return f"{node.args[0]}: {WRITES}"
+    return f"{node.target}: {REGION}"
+
+
+def remedy(text: str) -> str:
     """Say what to do about an error of torch.export."""
-    text = f"{type(error).__name__} {error}"
-    if re.search(r"data.?dependent|GuardOn|unbacked", text, re.IGNORECASE):
-        return "make Python independent of tensors' values: torch.where in place of if, no .item()"
     if "pytree" in text or "Unsupported output" in text or "output type" in text:
         return "return tensors in tuples, lists or dicts (Hugging Face: use_cache=False)"
+    if "no fake impl" in text:
+        return "say what shape the op makes: @torch.library.register_fake"
     return "make torch.export.export(model, args, kwargs, strict=False) accept the model"
