@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from autotp.errors import CaptureError
 from autotp.passes.normalise import pick_line
+from autotp.passes.statistics import followed
 
 # ---- before the export
 
@@ -127,6 +128,7 @@ def export(model: nn.Module, args: Any, kwargs: Any) -> ExportedProgram:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(without_fast_path())
+            stack.enter_context(followed())
             stack.enter_context(
                 mock.patch.object(torch.autograd.Function, "apply", classmethod(refuse_function))
             )

@@ -65,7 +65,12 @@ def user_line(node: fx.Node) -> str:
 
 def pick_line(frames: Collection[tuple[str, int]]) -> str:
     """Return the last frame outside libraries, else the last one outside torch."""
-    outside = [f for f in frames if f"{os.sep}torch{os.sep}" not in f[0] and f[0][0] != "<"]
+    here = os.path.dirname(__file__)
+    outside = [
+        (path, line)
+        for path, line in frames
+        if f"{os.sep}torch{os.sep}" not in path and path[0] != "<" and os.path.dirname(path) != here
+    ]
     own = [f for f in outside if "site-packages" not in f[0]]
     chosen = (own or outside or [("", 0)])[-1]
     return f"{os.path.basename(chosen[0])}:{chosen[1]}" if chosen[0] else ""

@@ -54,9 +54,10 @@ def batch_statistics(call: Call) -> str:
 
 
 def instance(call: Call) -> str:
-    """Batch and channels may split; where statistics are taken, space is whole."""
-    text = channels(call)
-    return re.sub(r"\b(x\d)\b", r"[\1]", text) if call.arg(5) else text
+    """Batch and channels may split; space not where statistics are taken, nothing where kept."""
+    text, kept = channels(call), call.arg(3) is not None
+    taken = (r"\b(\w+)\b" if kept else r"\b(x\d)\b") if call.arg(5) else None
+    return re.sub(taken, r"[\1]", text) if taken else text
 
 
 def groups(call: Call) -> Text:

@@ -133,7 +133,8 @@ class VAE(nn.Module):
         super().__init__()
         self.encoder = nn.Sequential(
             nn.Conv2d(3, width, 4, 2, 1), nn.BatchNorm2d(width), nn.LeakyReLU(0.2),
-            nn.Conv2d(width, 2 * width, 4, 2, 1), nn.InstanceNorm2d(2 * width, affine=True),
+            nn.Conv2d(width, 2 * width, 4, 2, 1),
+            nn.InstanceNorm2d(2 * width, affine=True, track_running_stats=True),
             nn.LeakyReLU(0.2), nn.Flatten(),
         )  # fmt: skip
         self.mean, self.log_var = nn.Linear(8 * width, latent), nn.Linear(8 * width, latent)
