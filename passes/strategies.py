@@ -23,7 +23,7 @@ import numpy as np
 
 from autotp.cost_model.cluster import Cluster
 from autotp.grid import Grid
-from autotp.layouts import I, Layout, Shard, is_valid
+from autotp.layouts import I, Layout, Shard, is_valid, shard
 from autotp.passes.choices import Strategy, Typing, strategies_of
 from autotp.passes.factors import Factors
 from autotp.passes.moves import AxisTypes, Column, Moves, MoveTable, axis_types
@@ -268,13 +268,26 @@ def _note_types(b: _Builder, value: str, made: Sequence[Column]) -> None:
 def _add_source(b: _Builder, value: str) -> None:
     """Add a parameter's resting layout, and the copy that its readers share."""
     v, fixed = b.network.values[value], b.limits.fixed.get(value)
-    _note_types(b, value, [b.moves.column([fixed])] if fixed else [])
+    made = [fixed] if fixed else [] if _meets_shards(b, value) else [_spread(v, b.moves.grid)]
+    _note_types(b, value, [b.moves.column(made)] if made else [])
     layouts = b.moves.column([fixed]) if fixed else _resting_layouts(b, v)
     is_saved = bool(b.savers[value])
     key = ("rest", v.shape, v.dtype, v.grad, layouts, is_saved)
     table = b.table(key, lambda: price_rest(v, layouts, is_saved, b.moves))
     b.places[value] = (b.add("rest", value, table), layouts)
     _add_copy(b, value)
+
+
+def _meets_shards(b: _Builder, value: str) -> bool:
+    """Say whether any reader of a value can read it in shards."""
+    wanted = (b.wide[n].operands[position] for n, position in b.readers[value] if n != OUTPUT)
+    return any(isinstance(t, Shard) for column in wanted for layout in column for t in layout)
+
+
+def _spread(v: Value, grid: Grid) -> Layout:
+    """Return how a parameter may rest though all that read it need it whole: by its longest dim."""
+    longest = v.shape.index(max(v.shape)) if v.shape else None
+    return (I if longest is None else shard(longest),) * len(grid.sizes)
 
 
 def _resting_layouts(b: _Builder, v: Value) -> Column:
