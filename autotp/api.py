@@ -14,16 +14,18 @@ from autotp.axis import Axis
 from autotp.check import compare, prepare
 from autotp.comparison import Report
 from autotp.cost_model.cluster import Cluster, by_name
+from autotp.dynamic import DynamicInputs
 from autotp.errors import AutotpError, PlanError
 from autotp.grid import Coords, Grid, as_grid
 from autotp.layouts import I, Layout, layout_text
-from autotp.module import Compiled, ParallelModule, compile_mode, make_parallel, new_state
+from autotp.module import Compiled, ParallelModule, State, compile_mode, make_parallel, new_state
 from autotp.passes.capture import capture
 from autotp.passes.codegen import emit
 from autotp.passes.factors import Factors, infer_factors
 from autotp.passes.network import Network, read_network, refuse_unruled
 from autotp.passes.planning import fingerprint, graph_digest, refuse_other_ops, search_plan
 from autotp.passes.program import Program
+from autotp.passes.varying import given_dims
 from autotp.passes.verify import verify
 from autotp.plan import Plan
 from autotp.plan_file import from_json, refuse_other, to_json
@@ -57,10 +59,11 @@ def compile_rank(
     sharded_outputs: bool = False,
     strict: bool = False,
     rng: str = "fast",
+    dynamic: DynamicInputs | None = None,
 ) -> Compiled:
     """Return the program of this rank: the six steps from a model to its collectives."""
     with stage("capture"):
-        program, network = together(lambda: _read(model, args, kwargs, train, strict))
+        program, network = together(lambda: _read(model, args, kwargs, train, strict, dynamic))
     mine = fingerprint(program)
     refuse_disagreement(
         "models",
@@ -79,6 +82,7 @@ def compile_rank(
         )
     refuse_other(plan, mine, grid, train)
     refuse_other_ops(plan, program, network)
+    plan.dynamic.refuse(program.example_sizes)
     if not sharded_outputs:
         _refuse_sharded(plan)
     refuse_disagreement("plans", {"plan": plan.hash}, "give every rank the same plan and versions")
@@ -114,6 +118,7 @@ def parallelize(
     strict: bool = False,
     check_numerics: bool = False,
     rng: str = "fast",
+    dynamic: DynamicInputs | None = None,
 ) -> nn.Module:
     """Make `model` the program of this rank of `grid`, in place, and return it.
 
@@ -126,16 +131,15 @@ def parallelize(
     strict          refuse ops without a rule, in place of running them whole with a warning.
     check_numerics  name the first op and rank that make NaN or Inf; slow, for finding faults.
     rng             "fast": masks independent where split; "exact": the single device's masks.
+    dynamic         dims that may vary, one size per name: {"input_ids": {0: "batch", 1: "seq"}}.
 
-    Raises AutotpError: what is not supported is refused by name.
-    """
+    Raises AutotpError: what is not supported is refused by name."""
     device_type = device_of(list(model.parameters())).type
     shape = ensure_process_group(grid, device_type)
     chosen = together(lambda: _accepted(model, outputs, rng, cluster, device_type))
-    options = f"{outputs=}, {rng=}, {strict=}, {check_numerics=}"
+    options = f"{outputs=}, {rng=}, {strict=}, {check_numerics=}, {dynamic=}"
     _refuse_other_calls(shape, model, example_inputs, plan, options)
     mesh = grid if isinstance(grid, DeviceMesh) else make_mesh(shape, device_type)
-    planned = {n: r.layout for n, r in plan.params.items()} if plan and plan.grid == shape else None
 
     def compile_one(
         whole: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], train: bool
@@ -151,23 +155,30 @@ def parallelize(
             coords=state.coords,
             axes=state.axes,
             cluster=chosen,
-            plan=plan if plan is not None and plan.train == train and is_first else None,
+            plan=plan if plan and plan.train == train and is_first else None,
             pins=None if state.layouts else pins,
-            rest=state.layouts or planned,
+            rest=state.layouts or _planned_layouts(plan, shape),
             sharded_outputs=outputs == "sharded",
             strict=strict,
             rng=rng,
+            dynamic=given_dims(whole, args, kwargs, dynamic) if state.modes else dynamic,
         )
 
     state = new_state(shape, compile_one, outputs, mesh, check_numerics)
-    return _planned(make_parallel(model, state), example_inputs)
+    return _planned(model, state, example_inputs)
 
 
-def _planned(model: ParallelModule, example_inputs: Any) -> ParallelModule:
-    """Return `model`, planned at once where it has inputs to be planned for."""
+def _planned(model: nn.Module, state: State, example_inputs: Any) -> ParallelModule:
+    """Return `model` made parallel, and planned where it has inputs to be planned for."""
+    parallel = make_parallel(model, state)
     if example_inputs is not None:
-        compile_mode(model, *split_inputs(example_inputs))
-    return model
+        compile_mode(parallel, *split_inputs(example_inputs))
+    return parallel
+
+
+def _planned_layouts(plan: Plan | None, grid: Grid) -> dict[str, Layout] | None:
+    """Return how parameters rest in a plan of this grid."""
+    return {n: r.layout for n, r in plan.params.items()} if plan and plan.grid == grid else None
 
 
 def _accepted(
@@ -216,10 +227,15 @@ def _refuse_other_calls(
 
 
 def _read(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], train: bool, strict: bool
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    train: bool,
+    strict: bool,
+    dynamic: DynamicInputs | None,
 ) -> tuple[Program, Network]:
     """Return a model as program and network; with `strict`, only if every op has a rule."""
-    program = capture(model, args, kwargs, train=train)
+    program = capture(model, args, kwargs, train=train, dynamic=dynamic)
     network = read_network(program)
     if strict:
         refuse_unruled(program, network)
@@ -235,15 +251,19 @@ def plan(
     pins: Pins | None = None,
     outputs: str = "full",
     strict: bool = False,
+    dynamic: DynamicInputs | None = None,
 ) -> Plan:
-    """Return the plan of `model` on `grid`: no process group and no weights are needed."""
+    """Return the plan of `model` on `grid`: no process group and no weights are needed.
+
+    Arguments as for `parallelize`.
+    """
     shape = as_grid(grid)
     refuse_model(model, weights=False)
     args, kwargs = split_inputs(example_inputs)
     chosen = as_cluster(cluster, device_of(list(model.parameters())).type)
     sharded = outputs == "sharded"
     with stage("capture"):
-        program, network = _read(model, args, kwargs, model.training, strict)
+        program, network = _read(model, args, kwargs, model.training, strict, dynamic)
     with stage("infer factors"):
         factors = infer_factors(network, program.inputs)
     return search_plan(program, network, factors, shape, chosen, pins, None, sharded).plan
@@ -258,6 +278,7 @@ def check(
     plan: Plan | None = None,
     pins: Pins | None = None,
     rng: str = "fast",
+    dynamic: DynamicInputs | None = None,
 ) -> Report:
     """Run every rank's program in this one process and compare it with `model`.
 
@@ -269,7 +290,7 @@ def check(
     shape = as_grid(grid)
     refuse_model(model, weights=True)
     with stage("run the original"):
-        subject = prepare(model, *split_inputs(example_inputs), rng)
+        subject = prepare(model, *split_inputs(example_inputs), rng, dynamic)
     program, network = subject.program, subject.network
     if plan is None:
         chosen = as_cluster(cluster, device_of(list(model.parameters())).type)
@@ -277,6 +298,7 @@ def check(
             plan = search_plan(program, network, subject.factors, shape, chosen, pins).plan
     refuse_other(plan, fingerprint(program), shape, program.train)
     refuse_other_ops(plan, program, network)
+    plan.dynamic.refuse(program.example_sizes)
     with stage(f"run {shape.world_size} ranks"):
         return compare(subject, plan)
 

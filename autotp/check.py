@@ -26,6 +26,7 @@ from autotp.comparison import (
     finite_largest,
 )
 from autotp.divergence import first_divergence
+from autotp.dynamic import DynamicInputs
 from autotp.errors import LayoutError
 from autotp.grid import Grid, as_grid
 from autotp.layouts import I, Layout, layout_text
@@ -88,10 +89,16 @@ class Subject:
 
 
 def prepare(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], rng: str = "fast"
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    rng: str = "fast",
+    dynamic: DynamicInputs | None = None,
+    like: Subject | None = None,
 ) -> Subject:
     """Capture `model` in its current mode and take the original's step on a copy of it.
 
+    `dynamic` names the dims that vary. A subject of other sizes is `like` the first: one program.
     With rng="exact" dropout stays on: the ranks draw what the original draws.
     """
     members = {
@@ -100,9 +107,12 @@ def prepare(
     }
     state = {name: t.detach().clone() for name, t in members.items()}
     with torch.random.fork_rng(_devices(state)), torch.enable_grad():
-        program = capture(model, args, kwargs, train=model.training)
-        with warnings.catch_warnings(action="ignore"):
-            network = read_network(program)
+        if like is None:
+            program = capture(model, args, kwargs, train=model.training, dynamic=dynamic)
+            with warnings.catch_warnings(action="ignore"):
+                network = read_network(program)
+        else:
+            program, network = like.program, like.network
         rounding = tolerance(program, network)
         inputs = tuple(program.flatten_inputs(args, kwargs))
         reference, backward = original_step(model, program, args, kwargs)
@@ -122,7 +132,7 @@ def prepare(
         model=type(model).__name__,
         program=program,
         network=network,
-        factors=infer_factors(network, program.inputs),
+        factors=like.factors if like else infer_factors(network, program.inputs),
         state=state,
         inputs=inputs,
         reference=reference,

@@ -156,8 +156,8 @@ def local_shape(shape: Sequence[int], layout: Layout, grid: Grid, coords: Coords
 
 
 def largest_shape(shape: Sequence[int], layout: Layout, grid: Grid) -> Shape:
-    """Return the local shape of rank 0, the largest under ceil chunks."""
-    return local_shape(shape, layout, grid, (0,) * len(grid.sizes))
+    """Return the local shape of rank 0, the largest under ceil chunks; of varying sizes as now."""
+    return local_shape([int(n) for n in shape], layout, grid, (0,) * len(grid.sizes))
 
 
 def is_valid(shape: Sequence[int], layout: Layout, grid: Grid) -> bool:
@@ -166,7 +166,7 @@ def is_valid(shape: Sequence[int], layout: Layout, grid: Grid) -> bool:
     Outer axes of a dim may hold whole blocks of it, if all blocks are equal.
     """
     for dim in {t.dim for t in layout if isinstance(t, Shard)}:
-        if dim >= len(shape) or not _dim_is_valid(shape[dim], layout, dim, grid):
+        if dim >= len(shape) or not _dim_is_valid(int(shape[dim]), layout, dim, grid):
             return False
     return True
 
@@ -174,13 +174,17 @@ def is_valid(shape: Sequence[int], layout: Layout, grid: Grid) -> bool:
 def _dim_is_valid(size: int, layout: Layout, dim: int, grid: Grid) -> bool:
     axes = splitters(layout, dim)
     parts = dim_parts(size, layout, dim)
-    ranks = math.prod(grid.sizes[a] for a in axes)
     if len(parts) > 1:
         return _blocks_are_valid(size, layout, parts, axes, grid)
-    if size % ranks == 0:
+    return is_valid_size(size, [grid.sizes[a] for a in axes])
+
+
+def is_valid_size(size: int, ranks: Sequence[int]) -> bool:
+    """Say whether axes of so many ranks, outermost first, can split a dim and leave none empty."""
+    if size % math.prod(ranks) == 0:
         return size > 0
-    ranges = itertools.product(*(range(grid.sizes[a]) for a in axes))
-    return all(_nested_size(size, axes, grid, index) > 0 for index in ranges)
+    places = itertools.product(*map(range, ranks))
+    return all(_nested_size(size, ranks, index) > 0 for index in places)
 
 
 def _blocks_are_valid(
@@ -195,9 +199,9 @@ def _blocks_are_valid(
     return same and sum(parts) == size and all(p % ranks == 0 for p in parts)
 
 
-def _nested_size(size: int, axes: Sequence[int], grid: Grid, index: Sequence[int]) -> int:
-    for axis, i in zip(axes, index, strict=True):
-        low, high = chunk(size, grid.sizes[axis], i)
+def _nested_size(size: int, ranks: Sequence[int], index: Sequence[int]) -> int:
+    for count, i in zip(ranks, index, strict=True):
+        low, high = chunk(size, count, i)
         size = high - low
     return size
 
@@ -205,7 +209,8 @@ def _nested_size(size: int, axes: Sequence[int], grid: Grid, index: Sequence[int
 def is_even(shape: Sequence[int], layout: Layout, grid: Grid) -> bool:
     """Say whether every rank holds the same number of elements."""
     return all(
-        n % math.prod(grid.sizes[a] for a in splitters(layout, d)) == 0 for d, n in enumerate(shape)
+        int(n) % math.prod(grid.sizes[a] for a in splitters(layout, d)) == 0
+        for d, n in enumerate(shape)
     )
 
 

@@ -40,6 +40,15 @@ class Compiled:
     plan: Plan
     graph_module: fx.GraphModule
 
+    def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+        """Return the tensors of a call in the graph's order, if the plan can run them.
+
+        Raises: InputError.
+        """
+        inputs = self.program.flatten_inputs(args, kwargs)
+        self.plan.dynamic.refuse(self.program.sizes_of(inputs))
+        return inputs
+
 
 Mode = bytes
 """One training flag per module: each combination that is called is captured by itself."""
@@ -126,8 +135,10 @@ class ParallelModule(nn.Module):
         """Run this rank's program on the global batch; return what the original would."""
         compiled, arguments = self._begin(args, kwargs)
         if self._autotp.check_numerics:
-            return self._end(compiled, run_checked(compiled, arguments, self._autotp.grid))
-        return self._end(compiled, compiled.graph_module(*arguments))
+            values = run_checked(compiled, arguments, self._autotp.grid)
+        else:
+            values = compiled.graph_module(*arguments)
+        return self._end(compiled, arguments, values)
 
     @_eager()
     def _begin(
@@ -140,7 +151,7 @@ class ParallelModule(nn.Module):
             compiled = compile_mode(self, args, kwargs)
             mode = state.mode
         program = compiled.program
-        inputs = _flat_inputs(state, program, mode, args, kwargs)
+        inputs = _flat_inputs(state, compiled, mode, args, kwargs)
         rng = compiled.graph_module.meta["rng"]
         if rng is not None and rng.exact:
             refuse_unequal_generators(state.axes.values(), [torch.device(state.mesh.device_type)])
@@ -149,12 +160,14 @@ class ParallelModule(nn.Module):
         return compiled, [*_arguments(state, program, inputs)]
 
     @_eager()
-    def _end(self, compiled: Compiled, values: Sequence[Tensor]) -> Any:
+    def _end(
+        self, compiled: Compiled, arguments: Sequence[Tensor], values: Sequence[Tensor]
+    ) -> Any:
         """Store the new values of buffers, and rebuild the original's outputs."""
         state = self._autotp
         outputs = _write_buffers(state, compiled.program, values)
         if state.outputs == "sharded":
-            outputs = _as_dtensors(state, compiled, outputs)
+            outputs = _as_dtensors(state, compiled, arguments, outputs)
         return compiled.program.unflatten_outputs(outputs)
 
     def load_state_dict(
@@ -220,16 +233,17 @@ def _was_unfrozen(state: State, compiled: Compiled) -> bool:
 
 
 def _flat_inputs(
-    state: State, program: Program, mode: Mode, args: Sequence[Any], kwargs: Mapping[str, Any]
+    state: State, compiled: Compiled, mode: Mode, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> list[Tensor]:
     """Return the inputs whole; on the first calls of a mode, those that every rank was given.
 
     Raises InputError, and RuntimeStateError where the ranks were given different batches.
     """
     if state.grid.world_size == 1 or state.compared.get(mode, 0) == COMPARED_CALLS:
-        return [whole(leaf) for leaf in program.flatten_inputs(args, kwargs)]
-    inputs = [whole(x) for x in together(lambda: program.flatten_inputs(args, kwargs))]
-    digests = {name: digest(x) for name, x in zip(program.inputs, inputs, strict=True)}
+        return [whole(leaf) for leaf in compiled.flatten(args, kwargs)]
+    inputs = [whole(x) for x in together(lambda: compiled.flatten(args, kwargs))]
+    names = compiled.program.inputs
+    digests = {name: digest(x) for name, x in zip(names, inputs, strict=True)}
     remedy = "pass the same global batch on every rank: no DistributedSampler, one seed"
     refuse_disagreement("inputs", digests, remedy)
     state.compared[mode] = state.compared.get(mode, 0) + 1
@@ -265,12 +279,15 @@ def _write_buffers(state: State, program: Program, values: Sequence[Tensor]) -> 
     return values[:count]
 
 
-def _as_dtensors(state: State, compiled: Compiled, outputs: Sequence[Tensor]) -> list[Tensor]:
-    shapes = {n.name: n.meta.get("val") for n in compiled.program.graph.nodes}
-    names, layouts = compiled.program.outputs, compiled.plan.outputs[: len(outputs)]
+def _as_dtensors(
+    state: State, compiled: Compiled, arguments: Sequence[Tensor], outputs: Sequence[Tensor]
+) -> list[Tensor]:
+    program = compiled.program
+    inputs = arguments[len(arguments) - len(program.inputs) :]
+    shapes = program.output_shapes(program.sizes_of(inputs))
     return [
-        as_dtensor(out, layout, shapes[name].shape, state.mesh) if layout is not None else out
-        for out, layout, name in zip(outputs, layouts, names, strict=True)
+        as_dtensor(out, layout, shape, state.mesh) if layout is not None else out
+        for out, layout, shape in zip(outputs, compiled.plan.outputs, shapes, strict=False)
     ]
 
 

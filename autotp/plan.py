@@ -15,6 +15,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from autotp.dynamic import Dynamic
 from autotp.errors import PlanError
 from autotp.grid import Grid
 from autotp.layouts import Layout, Shape
@@ -141,6 +142,7 @@ class Plan:
     internal   bytes that local programs send themselves: (op name, axis, collective, bytes)
     notes      dims that one would expect to be split and that an axis does not divide
     outputs    the layout in which each output is returned before it is handed to the user
+    dynamic    the dims that may vary, and what sizes of them the plan can split
     alternatives   plans again with one op made to choose otherwise; a loaded plan has none
     """
 
@@ -161,6 +163,7 @@ class Plan:
     method: str = ""
     unruled: tuple[tuple[str, int], ...] = ()
     notes: tuple[str, ...] = ()
+    dynamic: Dynamic = field(default_factory=Dynamic)
     alternatives: Alternatives | None = field(default=None, compare=False, repr=False)
 
     def __getitem__(self, name: str) -> Decision:

@@ -8,6 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from autotp.dynamic import Dynamic, DynamicDim, DynamicSplit
 from autotp.errors import GridError, PlanError
 from autotp.grid import Grid
 from autotp.layouts import layout_text, parse_layout
@@ -42,6 +43,10 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "method": plan.method,
         "unruled": [list(row) for row in plan.unruled],
         "notes": list(plan.notes),
+        "dynamic": {
+            "dims": [[d.name, d.least, d.most] for d in plan.dynamic.dims],
+            "splits": [[s.size, list(s.ranks), s.even] for s in plan.dynamic.splits],
+        },
     }
 
 
@@ -114,7 +119,13 @@ def _read(data: Mapping[str, Any]) -> Plan:
         method=data["method"],
         unruled=tuple((op, n) for op, n in data["unruled"]),
         notes=tuple(data["notes"]),
+        dynamic=_read_dynamic(data["dynamic"]),
     )
+
+
+def _read_dynamic(data: Mapping[str, Any]) -> Dynamic:
+    splits = (DynamicSplit(size, tuple(ranks), even) for size, ranks, even in data["splits"])
+    return Dynamic(tuple(DynamicDim(*row) for row in data["dims"]), tuple(splits))
 
 
 def _read_resting(row: list[Any]) -> Resting:

@@ -77,6 +77,7 @@ def _totals(plan: Plan) -> list[str]:
         ("layer", _layer_text(plan)),
         ("memory", memory_text(plan.memory)),
         ("split", str(plan.coverage()) if plan.grid.world_size > 1 else ""),
+        ("dynamic", plan.dynamic.text()),
         ("unruled", ", ".join(f"{op} x {n}, run whole" for op, n in plan.unruled)),
     ]
     rows += [("note", note) for note in plan.notes]

@@ -2,14 +2,16 @@
 
     capture(model, args, kwargs, train=...) -> Program
 
-Shapes are static. The model is left as it was: training flags, configuration and gradients.
-What the graph cannot keep is refused by name, or warned about (gradient checkpointing).
+Shapes are static, except for the dims that `dynamic` names. The model is left as it was: training
+flags, configuration and gradients. What the graph cannot keep is refused by name, or warned about
+(gradient checkpointing).
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.export.graph_signature import OutputSpec as GraphOutput
 from torch.utils import _pytree as pytree
 
+from autotp.dynamic import DynamicInputs
 from autotp.errors import CaptureError
 from autotp.passes.draws import hold_draws, release_draws
 from autotp.passes.export import (
@@ -43,15 +46,24 @@ from autotp.passes.normalise import (
     value_of,
 )
 from autotp.passes.program import InputGuards, OutputSpec, Program, name_leaves, type_of
+from autotp.passes.size_nodes import SizeWriter, is_size, write_sizes
 from autotp.passes.spelling import spell
+from autotp.passes.varying import export_varying, varying_dims
 
 aten = torch.ops.aten
 
 
 def capture(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, train: bool
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    train: bool,
+    dynamic: DynamicInputs | None = None,
 ) -> Program:
     """Return `model` called with `args` and `kwargs` as a Program.
+
+    `dynamic` names the dims that may vary: `{"input_ids": {0: "batch", 1: "seq"}}`.
 
     Where the model's training flag is not `train`, `model.train(train)` is called for the capture
     and every flag restored after it, so that modules frozen by hand stay frozen.
@@ -62,16 +74,18 @@ def capture(
     refuse_shared_memory(model)
     warn_of_checkpointing(model, train)
     args, kwargs = distinct_tensors(tuple(args), dict(kwargs))
+    signature, dynamic = inspect.signature(model.forward), dynamic or {}
+    leaves = name_leaves(signature, args, kwargs)
     with training_flag(model, train), without_cache(model) as cache_off:
-        exported = export(model, args, kwargs)
+        exported = export_varying(lambda s: export(model, args, kwargs, s), leaves, dynamic)
     seeds = gradient_seeds(exported, model, args, kwargs)
     hold_draws(exported.graph_module)
     open_regions(exported.graph_module, seeds)
     exported = functionalise(exported)
-    signature = inspect.signature(model.forward)
     defaults = {p.name: p.default for p in signature.parameters.values()}
     defaults |= {"use_cache": False} if cache_off else {}
-    return assemble(exported, model, (signature, defaults, args, kwargs), seeds, train)
+    call = Call(signature, defaults, args, kwargs, dynamic)
+    return assemble(exported, model, call, seeds, train)
 
 
 # ---- from the exported program to the Program
@@ -106,7 +120,15 @@ def call_spec(exported: ExportedProgram) -> tuple[Any, dict[str, Any]]:
     return call
 
 
-Call = tuple[inspect.Signature, dict[str, Any], Any, Any]
+@dataclass(frozen=True, slots=True)
+class Call:
+    """The call that is captured: its arguments, what others default to, and what may vary."""
+
+    signature: inspect.Signature
+    defaults: Mapping[str, Any]
+    args: Any
+    kwargs: Any
+    dynamic: DynamicInputs
 
 
 def assemble(
@@ -115,20 +137,21 @@ def assemble(
     """Return the Program of a functional `exported`."""
     graph = exported.graph
     refuse_writes(exported)
-    inputs = call_order(exported, call[2], call[3])
+    inputs = call_order(exported, call.args, call.kwargs)
     constants = constants_of(exported, model)
     params, tied = owned(exported, list(model.named_parameters(remove_duplicate=False)), "params")
     buffers, _ = owned(exported, list(model.named_buffers(remove_duplicate=False)), "buffers")
     release_draws(graph)
     spell(graph, seeds)
+    varying = varying_dims(exported, placeholders_of(exported, call), call.dynamic)
+    write_sizes(graph, SizeWriter(graph, varying, nodes_by_name(graph).__getitem__))
     outputs, mutations, out_spec = split_outputs(exported, graph)
     protect_buffers(graph, buffers, mutations, seeds)
     refuse_leftovers(graph)
     order_placeholders(graph, [*params, *buffers], list(constants), list(inputs))
     graph.lint()
     tensors = {n: leaf for n, leaf in inputs.items() if isinstance(leaf, Tensor)}
-    nodes = {node.name for node in graph.nodes}
-    constants = {name: value for name, value in constants.items() if name in nodes}
+    constants = {name: v for name, v in constants.items() if name in nodes_by_name(graph)}
     return Program(
         graph_module=fx.GraphModule(nn.Module(), graph),
         params=params,
@@ -142,6 +165,7 @@ def assemble(
         out_spec=out_spec,
         requires_grad=frozenset(node.name for node in carriers(graph, seeds)),
         names=plan_names(graph, params | buffers),
+        varying=varying,
         where={n.name: at for n in graph.nodes if (at := user_line(n))},
         train=train,
     )
@@ -149,11 +173,24 @@ def assemble(
 
 def guards(exported: ExportedProgram, call: Call) -> InputGuards:
     """Return the guards of a call, their leaves in the order of the graph's inputs."""
-    signature, defaults, args, kwargs = call
-    values = name_leaves(signature, args, kwargs)
-    places = name_leaves(signature, *call_spec(exported))
-    leaves = {name: type_of(values[name]) for name in sorted(places, key=places.__getitem__)}
-    return InputGuards(signature, leaves, defaults)
+    values = name_leaves(call.signature, call.args, call.kwargs)
+    leaves = {
+        name: type_of(values[name], call.dynamic.get(name, {}))
+        for name in placeholders_of(exported, call)
+    }
+    return InputGuards(call.signature, leaves, call.defaults)
+
+
+def placeholders_of(exported: ExportedProgram, call: Call) -> dict[str, str]:
+    """Return leaf by name -> placeholder, in the order of the graph's inputs."""
+    places = name_leaves(call.signature, *call_spec(exported))
+    ordered = sorted(places, key=places.__getitem__)
+    return dict(zip(ordered, call_order(exported, call.args, call.kwargs), strict=True))
+
+
+def nodes_by_name(graph: fx.Graph) -> dict[str, fx.Node]:
+    """Return name -> node."""
+    return {node.name: node for node in graph.nodes}
 
 
 def constants_of(exported: ExportedProgram, model: nn.Module) -> dict[str, Tensor]:
@@ -297,18 +334,27 @@ def refuse_leftovers(graph: fx.Graph) -> None:
 
 def leftover(node: fx.Node) -> str | None:
     """Say why a plan cannot hold `node`, if it cannot."""
+    if is_size(node):
+        return None
     if node.op in ("get_attr", "call_module", "call_method"):
         return f"{node.op} {node.target}"
     if isinstance(node.target, HigherOrderOperator):
         return region_text(node)
-    if isinstance(value_of(node), torch.SymInt | torch.SymFloat | torch.SymBool):
+    numbers = (torch.SymInt, torch.SymFloat, torch.SymBool)
+    if isinstance(value_of(node), numbers) and depends_on_values(value_of(node)):
         return f"{node.target}: a Python number that depends on a tensor's values"
-    if any(isinstance(n, torch.SymInt) for n in getattr(value_of(node), "shape", ())):
+    if any(map(depends_on_values, getattr(value_of(node), "shape", ()))):
         return f"{node.target}: a shape that depends on a tensor's values"
-    if not isinstance(node.target, OpOverload | str) and op_name(node) != "getitem":
+    numeric = isinstance(value_of(node), numbers)
+    if not (isinstance(node.target, OpOverload | str) or op_name(node) == "getitem" or numeric):
         return f"{op_name(node)}: what torch.vmap or the like leaves behind"
     assert not is_mutable(node), node
     return None
+
+
+def depends_on_values(n: object) -> bool:
+    """Say whether a number of the capture is known only when the graph runs."""
+    return isinstance(n, torch.SymInt | torch.SymFloat | torch.SymBool) and n.node.hint is None
 
 
 def order_placeholders(

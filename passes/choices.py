@@ -17,9 +17,10 @@ import torch
 
 from autotp.grid import Grid
 from autotp.layouts import AxisType, I, Layout, P, R, Shard, is_valid, shard
-from autotp.passes.factors import Factors, Way
+from autotp.passes.factors import Factors, Way, blocks_within
 from autotp.passes.network import Op, Value
 from autotp.passes.rules.sentence import Dim, Signature
+from autotp.sizes import varies
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,7 @@ def _is_legal(strategy: Strategy, op: Op, grid: Grid) -> bool:
     for axis, choice in enumerate(strategy.choices):
         if choice.unit:
             sharing = [a for a, c in enumerate(strategy.choices) if c.name == choice.name]
-            if choice.unit % math.prod(grid.sizes[a] for a in sharing):
+            if int(choice.unit) % math.prod(grid.sizes[a] for a in sharing):
                 return False
         if choice.split and not _program_can(strategy, op, axis):
             return False
@@ -221,6 +222,8 @@ def _split(op: Op, typing: Typing, ways: dict[str, Way], name: str) -> AxisChoic
     held = [_shards(dims, ways, sig) for dims in (*sig.operands, *sig.results)]
     if any(len(shards) > 1 for shards in held):
         return None  # the factor stands twice in one tensor
+    if any(varies(s.parts) for shards in held for s in shards):
+        return None  # a layout's blocks are as long for every input
     types = [shards[0] if shards else None for shards in held]
     operands, results = types[: len(sig.operands)], types[len(sig.operands) :]
     plain = all(w.is_atom for w in ways.values())
@@ -262,7 +265,7 @@ def _product_parts(product: Sequence[str], ways: dict[str, Way], sig: Signature)
     for k, f in enumerate(product):
         if f in ways:
             suffix = math.prod(sig.sizes[g] for g in product[k + 1 :])
-            return tuple(p * suffix for p in ways[f].parts) * prefix
+            return blocks_within(ways[f].parts, prefix, suffix)
         prefix *= sig.sizes[f]
     return (math.prod(sig.sizes[f] for f in product),)
 

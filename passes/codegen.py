@@ -9,14 +9,13 @@ stack trace of the user's line and carry their layout in `meta["layout"]`.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from autotp import collectives
 from autotp.axis import Axis
 from autotp.grid import Coords, Grid
 from autotp.layouts import (
@@ -24,20 +23,18 @@ from autotp.layouts import (
     I,
     Layout,
     Shard,
-    blocks_in,
-    is_even,
     kind,
-    local_ranges,
-    local_shape,
-    local_size,
 )
 from autotp.passes.draws import draws
-from autotp.passes.network import Network, Op, is_getitem, output_args, value_name
+from autotp.passes.move_calls import TARGETS, move_args
+from autotp.passes.network import Network, Op, is_getitem, is_tensor, output_args, value_name
 from autotp.passes.program import Program
 from autotp.passes.rules import Call, Tensor
 from autotp.passes.sites import CALLERS, Sites, unread
+from autotp.passes.size_nodes import SizeWriter, is_size
 from autotp.plan import Decision, Plan, PlannedMove
 from autotp.randomness import RandomState
+from autotp.sizes import length_here, shape_here, varies
 
 aten = torch.ops.aten
 Key = tuple[str, Layout]
@@ -56,6 +53,15 @@ class _Emitter:
     hubs: Mapping[str, Layout] = field(default_factory=dict)
     made: dict[str, Layout] = field(default_factory=dict)
     sites: Sites = field(init=False)
+    sizes: SizeWriter = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sizes = SizeWriter(
+            self.graph,
+            self.program.varying,
+            lambda name: self.nodes[name, self.whole],
+            lambda name: _attribute(self, name),
+        )
 
     @property
     def grid(self) -> Grid:
@@ -88,7 +94,7 @@ def emit(
             _emit_placeholder(e, node)
         elif node.name in ops:
             _emit_op(e, node, *ops[node.name])
-        elif node.op == "call_function" and not _stands_for_result(node, ops):
+        elif node.op == "call_function" and not (_stands_for_result(node, ops) or is_size(node)):
             _emit_whole(e, node)
     _emit_output(e)
     state = RandomState(exact=e.sites.exact)
@@ -111,7 +117,7 @@ def _emit_placeholder(e: _Emitter, node: fx.Node) -> None:
 
 def _emit_whole(e: _Emitter, node: fx.Node) -> None:
     """Copy an op that depends on no parameter: its operands are whole on every rank."""
-    made = e.graph.node_copy(node, lambda n: e.nodes[value_name(n), e.whole])
+    made = e.graph.node_copy(node, lambda n: _whole(e, n))
     if draws(node):
         op: Any = made.target
         made.target, extra = e.sites.whole(node, _attribute(e, "rng"))
@@ -121,6 +127,16 @@ def _emit_whole(e: _Emitter, node: fx.Node) -> None:
         _note(e, value_name(node), e.whole, made, node)
         return
     _note(e, node.name, e.whole, made, node)
+
+
+def _whole(e: _Emitter, node: fx.Node) -> Any:
+    """Return what stands for a node of the captured graph that every rank computes whole."""
+    return e.sizes.write(_number(e, node))
+
+
+def _number(e: _Emitter, node: fx.Node) -> Any:
+    """Return the Size of a node that is one, else the node that every rank computes whole."""
+    return node.meta["val"] if is_size(node) else e.nodes[value_name(node), e.whole]
 
 
 def _note(e: _Emitter, value: str, layout: Layout, made: fx.Node, origin: fx.Node) -> None:
@@ -149,7 +165,7 @@ def _emit_op(e: _Emitter, node: fx.Node, op: Op, decision: Decision) -> None:
     operands = [
         fetch(e, v, layout) for v, layout in zip(op.operands, decision.operands, strict=True)
     ]
-    args, kwargs = substitute(node, operands)
+    args, kwargs = substitute(node, operands, lambda n: _number(e, n))
     whole = replace(op.call, args=args, kwargs=kwargs)
     local = _localized(e, whole, decision)
     if op.rule.localize:
@@ -157,8 +173,9 @@ def _emit_op(e: _Emitter, node: fx.Node, op: Op, decision: Decision) -> None:
     target, extra = _target(e, node, op, decision)
     if target in CALLERS:
         args = (op.call.op, *args)
+    args, kwargs = e.sizes.write_all((args, {**kwargs, **extra}))
     made = e.graph.create_node(
-        "call_function", target, args, {**kwargs, **extra}, name=_node_name(decision.name)
+        "call_function", target, args, kwargs, name=_node_name(decision.name)
     )
     made = _averaged(e, op, decision, made)
     made.meta["op"], made.meta["decision"] = op, decision
@@ -186,17 +203,24 @@ def _localized(e: _Emitter, call: Call, decision: Decision) -> Call:
 
 
 def _local_tensor(e: _Emitter, t: Tensor, layout: Layout) -> Tensor:
-    return Tensor(local_shape(t.shape, layout, e.grid, e.coords), t.dtype)
+    return Tensor(shape_here(t.shape, layout, e.grid, e.coords), t.dtype)
 
 
-def substitute(node: fx.Node, operands: Sequence[fx.Node]) -> tuple[Any, dict[str, Any]]:
-    """Return a node's arguments with its tensors replaced, one by one in the schema's order."""
+def substitute(
+    node: fx.Node, operands: Sequence[fx.Node], number: Callable[[fx.Node], Any] = lambda n: n
+) -> tuple[Any, dict[str, Any]]:
+    """Return a node's arguments with its tensors replaced, one by one in the schema's order.
+
+    `number` returns what stands for an operand that is no tensor.
+    """
     rest = iter(operands)
 
     def change(value: Any) -> Any:
         if isinstance(value, list | tuple):
             return [change(v) for v in value]
-        return next(rest) if isinstance(value, fx.Node) else value
+        if isinstance(value, fx.Node):
+            return next(rest) if is_tensor(value) else number(value)
+        return value
 
     names = [a.name for a in getattr(getattr(node.target, "_schema", None), "arguments", ())]
     args = tuple(change(a) for a in node.args)
@@ -229,13 +253,16 @@ def _averaged(e: _Emitter, op: Op, decision: Decision, made: fx.Node) -> fx.Node
     """Scale a local mean by this rank's share of what is averaged."""
     if not (op.rule.average and op.rule.average(op.call)):
         return made
-    share = 1.0
+    share: Any = 1.0
     for factor in op.signature.factors():
         if op.signature.summed(factor) and _splitting(e, decision, factor):
-            share *= _local_factor(e, op, decision, factor) / op.signature.sizes[factor]
-    if share == 1.0:
-        return made
-    return e.graph.call_function(aten.mul.Tensor, (made, share))
+            here, whole = _local_factor(e, op, decision, factor), op.signature.sizes[factor]
+            if varies([here, whole]):
+                part = e.graph.call_function(operator.truediv, e.sizes.write_all((here, whole)))
+                made = e.graph.call_function(aten.mul.Tensor, (made, part))
+            else:
+                share *= here / whole
+    return made if share == 1.0 else e.graph.call_function(aten.mul.Tensor, (made, share))
 
 
 def _local_factor(e: _Emitter, op: Op, decision: Decision, factor: str) -> int:
@@ -244,7 +271,7 @@ def _local_factor(e: _Emitter, op: Op, decision: Decision, factor: str) -> int:
     ):
         for d, dim in enumerate(dims):
             if any(factor in product for product in dim):
-                here = local_size(t.shape[d], layout, d, e.grid, e.coords)
+                here = length_here(t.shape[d], layout, d, e.grid, e.coords)
                 return here * op.signature.sizes[factor] // t.shape[d]
     raise AssertionError(factor)
 
@@ -281,11 +308,10 @@ def _route(e: _Emitter, value: str, layout: Layout) -> list[PlannedMove]:
 def _emit_move(e: _Emitter, move: PlannedMove, source: fx.Node) -> fx.Node:
     axis = e.grid.axis(move.axis)
     before, after = move.before[axis], move.after[axis]
-    shape = e.network.values[move.value].shape
-    args = _move_args(e, move, axis, shape)
+    args = move_args(move, e.network.values[move.value].shape, e.grid, e.coords)
     name = f"{_node_name(_value_label(e, move.value))}_{_label(before)}_to_{_label(after)}"
     target = TARGETS[kind(before), kind(after)]
-    kwargs = {k: v for k, v in args.items() if v not in ((), None)}
+    kwargs = {k: e.sizes.write(v) for k, v in args.items() if v not in ((), None)}
     return e.graph.create_node(
         "call_function", target, (source, _attribute(e, move.axis)), kwargs, name=name
     )
@@ -298,75 +324,6 @@ def _label(t: AxisType) -> str:
 def _value_label(e: _Emitter, value: str) -> str:
     node, _, k = value.partition(".")
     return e.program.params.get(node, e.program.names.get(node, node)) + (f"_{k}" if k else "")
-
-
-TARGETS: dict[tuple[str, str], Any] = {
-    ("I", "R"): collectives.invariant_to_replicate,
-    ("R", "I"): collectives.replicate_to_invariant,
-    ("P", "I"): collectives.all_reduce,
-    ("P", "R"): collectives.all_reduce,
-    ("P", "S"): collectives.reduce_scatter,
-    ("S", "R"): collectives.all_gather,
-    ("S", "I"): collectives.all_gather,
-    ("I", "S"): collectives.slice_to_shard,
-    ("R", "S"): collectives.slice_to_shard,
-    ("I", "P"): collectives.keep_one,
-    ("R", "P"): collectives.keep_one,
-    ("S", "P"): collectives.pad_to_partial,
-    ("S", "S"): collectives.all_to_all,
-}
-"""The function that makes each move of `autotp.layouts.MOVES`."""
-
-
-def _move_args(e: _Emitter, move: PlannedMove, axis: int, shape: Sequence[int]) -> dict[str, Any]:
-    before, after = move.before[axis], move.after[axis]
-    match kind(before), kind(after):
-        case ("S", "S"):
-            return _exchange_args(e, move, axis, shape)
-        case ("S", to):
-            assert isinstance(before, Shard)
-            parts, size = _gathered(e, move.before, axis, before.dim, shape)
-            tail = {} if to == "P" else {"to": to}
-            return {"dim": before.dim, "parts": parts, "size": size, **tail}
-        case (source, "S"):
-            assert isinstance(after, Shard)
-            parts, _size = _gathered(e, move.after, axis, after.dim, shape)
-            tail = {} if source == "P" else {"source": source}
-            return {"dim": after.dim, "parts": parts, **tail}
-        case (source, "P"):
-            return {"source": source}
-        case ("P", to):
-            return {"to": to}
-    return {}
-
-
-def _exchange_args(
-    e: _Emitter, move: PlannedMove, axis: int, shape: Sequence[int]
-) -> dict[str, Any]:
-    before, after = move.before[axis], move.after[axis]
-    assert isinstance(before, Shard) and isinstance(after, Shard)
-    concat_parts, concat_size = _gathered(e, move.before, axis, before.dim, shape)
-    split_parts, _ = _gathered(e, move.after, axis, after.dim, shape)
-    return {
-        "split_dim": after.dim,
-        "concat_dim": before.dim,
-        "split_parts": split_parts,
-        "concat_parts": concat_parts,
-        "concat_size": concat_size,
-    }
-
-
-def _gathered(
-    e: _Emitter, layout: Layout, axis: int, dim: int, shape: Sequence[int]
-) -> tuple[tuple[int, ...], int | None]:
-    """Return the blocks of `dim`, and its length if uneven, as they are without `axis`'s split."""
-    without = tuple(I if a == axis else t for a, t in enumerate(layout))
-    ranges = local_ranges(shape[dim], without, dim, e.grid, e.coords)
-    parts = [b - a for a, b in blocks_in(ranges, layout, axis)]
-    size = sum(parts)
-    if len(parts) > 1:
-        return tuple(parts), None
-    return (), None if is_even(shape, layout, e.grid) else size
 
 
 # Outputs -----------------------------------------------------------------------------------------

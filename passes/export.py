@@ -115,8 +115,10 @@ def without_cache(model: nn.Module) -> Iterator[bool]:
 # ---- the export
 
 
-def export(model: nn.Module, args: Any, kwargs: Any) -> ExportedProgram:
+def export(model: nn.Module, args: Any, kwargs: Any, shapes: Any = None) -> ExportedProgram:
     """Run torch.export under autograd, outside of any autocast of the caller.
+
+    `shapes`, a torch.export.ShapesCollection, says which dims vary.
 
     Raises: CaptureError.
     """
@@ -135,7 +137,7 @@ def export(model: nn.Module, args: Any, kwargs: Any) -> ExportedProgram:
             stack.enter_context(mock.patch.object(Tensor, "register_hook", refuse_hook))
             stack.enter_context(watched_regions())
             stack.enter_context(kept_attributes(model))
-            return torch.export.export(model, args, kwargs, strict=False)
+            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     except CaptureError:
         raise
     except Exception as error:

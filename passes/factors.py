@@ -18,11 +18,15 @@ from dataclasses import dataclass, field
 
 from autotp.passes.network import Network, Op
 from autotp.passes.rules.sentence import Dim
+from autotp.sizes import varies
 
 Id = int
 
 MAX_BLOCKS = 64
 """More blocks than this in one dim are not offered: every rank would hold confetti."""
+
+Parts = tuple[int, ...]
+"""The sizes of the blocks of a dim."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +37,22 @@ class Way:
     """
 
     atom: Id
-    parts: tuple[int, ...]
+    parts: Parts
     unit_count: int
     is_atom: bool
+
+    @property
+    def is_offered(self) -> bool:
+        """Say whether the blocks are few, and as many and as long whatever sizes vary."""
+        return len(self.parts) == 1 or (len(self.parts) <= MAX_BLOCKS and not varies(self.parts))
+
+
+def blocks_within(parts: Parts, before: int, after: int) -> Parts:
+    """Return the blocks of a dim `(before x after)` where those of x are `parts`.
+
+    Where their number varies, two that vary stand for them: no layout has such.
+    """
+    return (before, before) if varies([before]) else tuple(p * after for p in parts) * before
 
 
 @dataclass(slots=True)
@@ -192,7 +209,7 @@ class Factors:
                 found = self._row_ways(children)
             else:
                 found = [Way(x, (size,), size, True)]
-            self._cache[x] = tuple(w for w in found if len(w.parts) <= MAX_BLOCKS)
+            self._cache[x] = tuple(w for w in found if w.is_offered)
         return self._cache[x]
 
     def _product_ways(self, size: int, children: Sequence[Id]) -> list[Way]:
@@ -201,7 +218,7 @@ class Factors:
             suffix = size // prefix // self.atoms.sizes[child]
             if self._may_split_inside(child):
                 for w in self._ways(child):
-                    parts = tuple(p * suffix for p in w.parts) * prefix
+                    parts = blocks_within(w.parts, prefix, suffix)
                     out.append(Way(w.atom, parts, w.unit_count, False))
             prefix *= self.atoms.sizes[child]
         if out:

@@ -21,6 +21,7 @@ from autotp.errors import RuleError
 from autotp.layouts import Shape
 from autotp.passes.program import Program
 from autotp.passes.rules import Call, Rule, Signature, Tensor, find
+from autotp.sizes import examples, shape_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ class Value:
     @property
     def size_bytes(self) -> int:
         """The bytes of the whole tensor."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        return math.prod(examples(self.shape)) * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,7 @@ def read_network(program: Program) -> Network:
     unruled: dict[str, int] = {}
     for node in program.graph_module.graph.nodes:
         for name, val in results_of(node):
-            values[name] = Value(name, tuple(val.shape), val.dtype, name_grad(program, node, name))
+            values[name] = Value(name, shape_of(val), val.dtype, name_grad(program, node, name))
         if node.op == "call_function" and node.name in active and not is_getitem(node):
             ops.append(_op(node, unruled))
             made.update(ops[-1].results)
@@ -202,21 +203,21 @@ def read_call(node: fx.Node) -> tuple[Call, tuple[str, ...]]:
     operands: list[Tensor | None] = []
     names: list[str] = []
     for argument, value in tensor_slots(node):
-        if isinstance(value, fx.Node):
+        if is_tensor(value):
             val = _val(value)
-            operands.append(Tensor(tuple(val.shape), val.dtype))
+            operands.append(Tensor(shape_of(val), val.dtype))
             names.append(value_name(value))
         elif "Tensor" in argument:
             operands.append(None)
     args, kwargs = described(node.args), described(node.kwargs)
-    results = tuple(Tensor(tuple(v.shape), v.dtype) for _, v in results_of(node))
+    results = tuple(Tensor(shape_of(v), v.dtype) for _, v in results_of(node))
     while operands and operands[-1] is None:
         operands.pop()
     return Call(node.target, tuple(args), kwargs, tuple(operands), results), tuple(names)
 
 
 def described(arguments: Any) -> Any:
-    """Return arguments with every node replaced by the shape and dtype of its value."""
+    """Return arguments with every node replaced by the shape and dtype of its value, or number."""
     if isinstance(arguments, list | tuple):
         return tuple(described(a) for a in arguments)
     if isinstance(arguments, Mapping):
@@ -224,7 +225,14 @@ def described(arguments: Any) -> Any:
     if not isinstance(arguments, fx.Node):
         return arguments
     val = _val(arguments)
-    return Tensor(tuple(val.shape), val.dtype) if isinstance(val, torch.Tensor) else val
+    if isinstance(val, torch.SymFloat):
+        return float(val.node.hint)
+    return Tensor(shape_of(val), val.dtype) if isinstance(val, torch.Tensor) else val
+
+
+def is_tensor(argument: object) -> bool:
+    """Say whether an argument is a node that computes a tensor, and no size."""
+    return isinstance(argument, fx.Node) and isinstance(_val(argument), torch.Tensor)
 
 
 def _val(node: fx.Node) -> Any:

@@ -39,12 +39,14 @@ from autotp.passes.pins import (
 from autotp.passes.pricing import RESULT, Table, saved_positions, typing_of, whole_flops
 from autotp.passes.problem import Problem
 from autotp.passes.program import Program
+from autotp.passes.requirements import requirements
 from autotp.passes.schedule import needs_of, schedule
 from autotp.passes.search import SMALLEST, Solution, smallest, solve
 from autotp.passes.strategies import Limits, Model, build_model
 from autotp.passes.traffic import internal_traffic
 from autotp.plan import Decision, Memory, Plan, Resting
 from autotp.progress import stage
+from autotp.sizes import examples, shape_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +191,9 @@ def read_plan(
         v: model.table_of(network.values[v]) for v in needs if v in model.types
     }
     params = _resting(program, network, factors, model, rest, whole)
+    moves = schedule(network, needs, move_tables, model.moves)
+    strategies = [tables[op.name].strategies[picks[op.name]] for op in network.ops]
+    returned = {o: c for o, c in zip(network.outputs, outputs, strict=True) if o and c}
     return Plan(
         grid=grid,
         cluster=cluster.name,
@@ -198,7 +203,8 @@ def read_plan(
         params=params,
         copies=copies,
         outputs=outputs,
-        moves=schedule(network, needs, move_tables, model.moves),
+        moves=moves,
+        dynamic=requirements(program, network, strategies, decisions, moves, returned, grid),
         internal=_internal(network, decisions, grid),
         memory=_memory(params.values(), _saved(network, decisions, rest, model.moves)),
         step_time_s=solution.cost_s,
@@ -219,7 +225,7 @@ def _decision(
     grid: Grid,
 ) -> Decision:
     s = table.strategies[pick]
-    shapes = tuple(network.values[v].shape for v in op.results)
+    shapes = tuple(examples(network.values[v].shape) for v in op.results)
     return Decision(
         name=program.names[op.name],
         op=op_text(op),
@@ -315,8 +321,8 @@ def fingerprint(program: Program) -> dict[str, str]:
     named = {**{n: f"input {n}" for n in program.inputs}, **program.params}
     frozen = {name for name in program.params if name not in program.requires_grad}
     return {
-        name: f"{str(values[node].dtype).removeprefix('torch.')}{list(values[node].shape)}"
-        + " frozen" * (node in frozen)
+        name: f"{str(values[node].dtype).removeprefix('torch.')}"
+        f"[{', '.join(map(program.spell, shape_of(values[node])))}]" + " frozen" * (node in frozen)
         for node, name in named.items()
     }
 

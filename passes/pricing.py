@@ -135,7 +135,7 @@ def local_flops(op: Op, s: Strategy, grid: Grid) -> int:
     sizes = op.signature.sizes
     met = {f for group in op.rule.groups(op.call) for f in group[1:]}
     local = {
-        f: -(-n // math.prod(grid.sizes[a] for a in s.split_axes(f, alone=f in met)))
+        f: -(-int(n) // math.prod(grid.sizes[a] for a in s.split_axes(f, alone=f in met)))
         for f, n in sizes.items()
     }
     return _flops(op, local)
@@ -143,7 +143,7 @@ def local_flops(op: Op, s: Strategy, grid: Grid) -> int:
 
 def whole_flops(op: Op) -> int:
     """Return the forward flops of an op on whole tensors."""
-    return _flops(op, op.signature.sizes)
+    return _flops(op, {f: int(n) for f, n in op.signature.sizes.items()})
 
 
 def _flops(op: Op, sizes: Mapping[str, int]) -> int:

@@ -12,24 +12,46 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from autotp.errors import InputError
+from autotp.sizes import evaluate, expression, shape_of
 
 
 @dataclass(frozen=True, slots=True)
 class TensorType:
-    """The dtype and shape of a tensor input, and whether its gradient was planned."""
+    """The dtype and shape of a tensor input, and whether its gradient was planned.
+
+    A dim that may vary has a name in place of a size.
+    """
 
     dtype: torch.dtype
-    shape: tuple[int, ...]
+    shape: tuple[int | str, ...]
     requires_grad: bool = False
 
     def __str__(self) -> str:
         grad = " with requires_grad" if self.requires_grad else ""
-        return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}{grad}"
+        shape = ", ".join(map(str, self.shape))
+        return f"{str(self.dtype).removeprefix('torch.')}[{shape}]{grad}"
+
+
+@dataclass(frozen=True, slots=True)
+class VaryingDim:
+    """A named dim: its symbol in the captured sizes, an input and a dim where it is read.
+
+    example, least, most   the size of the example, and those that the captured graph can take
+    """
+
+    name: str
+    symbol: Any
+    input: str
+    dim: int
+    example: int
+    least: int
+    most: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +95,20 @@ class InputGuards:
             raise InputError(
                 "the inputs are not those that were planned for",
                 at=problems,
-                remedy="pass inputs like the example inputs, or plan again with these",
+                remedy="pass inputs like the example inputs, plan again with these, or name the"
+                " dims that vary in dynamic=",
             )
+        refuse_unequal(self.named_sizes(given))
         return [given[n] for n, leaf in self.leaves.items() if isinstance(leaf, TensorType)]
+
+    def named_sizes(self, given: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+        """Return, by named dim and input, the sizes of the leaves of a call."""
+        found: dict[str, dict[str, int]] = {}
+        for name, leaf in self.leaves.items():
+            for dim, size in enumerate(leaf.shape if isinstance(leaf, TensorType) else ()):
+                if isinstance(size, str):
+                    found.setdefault(size, {})[f"dim {dim} of {name}"] = given[name].shape[dim]
+        return found
 
     def _or_default(self, leaves: Mapping[str, object], name: str) -> object:
         return leaves.get(name, self.defaults.get(name, ABSENT))
@@ -118,6 +151,7 @@ class Program:
     names: dict[str, str]  # every node -> its name in a plan, unique
     where: dict[str, str]  # node -> "file.py:line" of the user's code
     train: bool
+    varying: tuple[VaryingDim, ...] = ()  # the named dims, in the order they were given
 
     @property
     def graph(self) -> fx.Graph:
@@ -130,6 +164,30 @@ class Program:
         Raises: InputError.
         """
         return self.input_guards.flatten(args, kwargs)
+
+    @property
+    def example_sizes(self) -> dict[str, int]:
+        """The sizes of the named dims in the example, by name."""
+        return {v.name: v.example for v in self.varying}
+
+    def sizes_of(self, tensors: Sequence[Tensor]) -> dict[str, int]:
+        """Return the sizes of the named dims in the tensors of a call, by name."""
+        given = dict(zip(self.inputs, tensors, strict=True))
+        return {v.name: given[v.input].shape[v.dim] for v in self.varying}
+
+    def output_shapes(self, sizes: Mapping[str, int]) -> list[tuple[int, ...]]:
+        """Return the shapes of `outputs` where the named dims have these sizes."""
+        values = {node.name: node.meta["val"] for node in self.graph.nodes if "val" in node.meta}
+        return [
+            tuple(evaluate(self.spell(n), sizes) for n in shape_of(values[name]))
+            for name in self.outputs
+        ]
+
+    def spell(self, size: int) -> str:
+        """Write a size of the captured graph by the names of dims."""
+        return str(
+            expression(size).xreplace({v.symbol: sympy.Symbol(v.name) for v in self.varying})
+        )
 
     def unflatten_outputs(self, tensors: Sequence[Tensor]) -> Any:
         """Return the values of `outputs` in the structure that the original model returns."""
@@ -161,20 +219,36 @@ def name_leaves(
     }
 
 
-def type_of(value: object) -> object:
-    """Return the TensorType of a tensor, and any other leaf as it is."""
+def type_of(value: object, names: Mapping[int, str] | None = None) -> object:
+    """Return the TensorType of a tensor, with the names of its dims, or any other leaf as it is."""
     if not isinstance(value, Tensor):
         return value
     grad = value.requires_grad and torch.is_grad_enabled()
-    return TensorType(value.dtype, tuple(value.shape), grad)
+    shape = tuple((names or {}).get(d, n) for d, n in enumerate(value.shape))
+    return TensorType(value.dtype, shape, grad)
 
 
 def fits(given: object, planned: object) -> bool:
     """Say whether a leaf may stand for the captured one; a gradient less is no harm."""
     if isinstance(given, TensorType) and isinstance(planned, TensorType):
-        same = (given.dtype, given.shape) == (planned.dtype, planned.shape)
+        same = given.dtype == planned.dtype and len(given.shape) == len(planned.shape)
+        sizes = zip(given.shape, planned.shape, strict=False)
+        same = same and all(isinstance(n, str) or m == n for m, n in sizes)
         return same and given.requires_grad <= planned.requires_grad
     return type(given) is type(planned) and given == planned
+
+
+def refuse_unequal(sizes: Mapping[str, Mapping[str, int]]) -> None:
+    """Raise InputError where a named dim has several sizes; `sizes` by name and place."""
+    at = [
+        (name, ", ".join(f"{n} is {place}" for place, n in found.items()))
+        for name, found in sizes.items()
+        if len(set(found.values())) > 1
+    ]
+    if at:
+        raise InputError(
+            "dims of one name have different sizes", at=at, remedy="give them different names"
+        )
 
 
 def describe(leaf: object) -> str:

@@ -24,6 +24,7 @@ from autotp.passes.normalise import user_line
 from autotp.passes.rules import Rule, find
 from autotp.random_programs import Part, Whole, exact_part, exact_sdpa
 from autotp.randomness import drawn_call, seeded_call
+from autotp.sizes import shape_of, varies
 
 CALLERS = (drawn_call, exact_part, seeded_call)
 """Functions that take the op that they run before its arguments."""
@@ -77,6 +78,7 @@ class Sites:
     ) -> tuple[Any, dict[str, Any]]:
         if rule is None or rule.random is None:
             return drawn_call, {"rng": rng}
+        _refuse_varying(node)
         program = rule.exact or exact_part
         if program is exact_sdpa:
             _refuse_fused(node)
@@ -106,6 +108,16 @@ def _refuse_fused(node: fx.Node) -> None:
             f'rng="exact" cannot draw what fused attention drops on {device.type}',
             at=[(user_line(node) or node.name, "scaled_dot_product_attention with dropout")],
             remedy='attn_implementation="eager", attention dropout 0, or rng="fast"',
+        )
+
+
+def _refuse_varying(node: fx.Node) -> None:
+    """Refuse to draw a part of the original's numbers for a tensor whose sizes vary."""
+    if varies(shape_of(node.meta["val"])):
+        raise PlanError(
+            'rng="exact" cannot draw for sizes that vary',
+            at=[(user_line(node) or node.name, str(node.target))],
+            remedy='plan without dynamic=, or rng="fast"',
         )
 
 

@@ -15,6 +15,7 @@ from torch._ops import OpOverload
 from autotp.passes.composites import open_composites
 from autotp.passes.draws import free_draws
 from autotp.passes.normalise import STRIDE_READERS, carriers, like, source, value_of
+from autotp.sizes import shape_of
 
 aten = torch.ops.aten
 
@@ -66,15 +67,16 @@ def expanded(node: fx.Node) -> fx.Node:
 
 def resized(node: fx.Node, op: OpOverload) -> fx.Node:
     """Write `node` as `op` with its sizes, or drop it where they are unchanged."""
-    sizes = list(value_of(node).shape)
-    if sizes == list(value_of(source(node)).shape):
+    sizes = shape_of(value_of(node))
+    if sizes == shape_of(value_of(source(node))):
         return source(node)
-    return like(node.graph, op, (source(node), sizes), node)
+    return like(node.graph, op, (source(node), list(sizes)), node)
 
 
 def same_if_whole(node: fx.Node) -> fx.Node:
     """Drop a slice that takes everything."""
-    return source(node) if value_of(node).shape == value_of(source(node)).shape else node
+    unchanged = shape_of(value_of(node)) == shape_of(value_of(source(node)))
+    return source(node) if unchanged else node
 
 
 def converted(node: fx.Node) -> fx.Node:
@@ -92,8 +94,8 @@ def copied_from(node: fx.Node) -> fx.Node:
     target, values = node.args[0], node.args[1]
     assert isinstance(target, fx.Node) and isinstance(values, fx.Node)
     new, old = value_of(node), value_of(values)
-    if new.shape != old.shape:
-        values = like(node.graph, aten.expand.default, (values, list(new.shape)), node)
+    if shape_of(new) != shape_of(old):
+        values = like(node.graph, aten.expand.default, (values, list(shape_of(new))), node)
         values.meta["val"] = old.expand(new.shape)
     if new.dtype != old.dtype:
         values = like(node.graph, aten.to.dtype, (values, new.dtype), node)
@@ -134,6 +136,7 @@ def split_safely(op: OpOverload) -> Rewrite:
 
 
 SPELLINGS: dict[Any, Rewrite] = {
+    aten._assert_scalar.default: dropped,
     aten._assert_tensor_metadata.default: dropped,
     aten._to_copy.default: converted,
     aten._unsafe_view.default: reshaped,

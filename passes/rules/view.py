@@ -18,6 +18,7 @@ from autotp.passes.rules.table import (
     result_shape_at,
     rule,
 )
+from autotp.sizes import varies
 
 aten = torch.ops.aten
 
@@ -60,8 +61,8 @@ def _groups(before: Shape, after: Shape) -> list[tuple[range, range]]:
         i0, j0 = i, j
         m, i = (before[i], i + 1) if i < len(before) else (1, i)
         n, j = (after[j], j + 1) if j < len(after) else (1, j)
-        while m != n:
-            if m < n:
+        while m != n and (i < len(before) or j < len(after)):
+            if j == len(after) or (m < n and i < len(before)):
                 m, i = m * before[i], i + 1
             else:
                 n, j = n * after[j], j + 1
@@ -228,6 +229,8 @@ def slice_(call: Call) -> str:
     """One block of several, if the blocks have a common size; else the dim is whole."""
     dims, shape = dims_of(call), shape_of(call)
     dim, start, stop, step = slice_bounds(call)
+    if varies([shape[dim], call.results[0].shape[dim]]):
+        return whole_at(call, {dim})
     if step == 1 and stop - start == shape[dim]:
         return sentence(dims, dims)
     blocks = [("before", start), ("kept", stop - start), ("after", shape[dim] - stop)]
@@ -242,8 +245,8 @@ def slice_(call: Call) -> str:
 
 def slice_text(call: Call) -> Text:
     """Give the blocks of a slice their sizes."""
-    _dim, start, stop, _step = slice_bounds(call)
-    after = shape_of(call)[_dim] - stop
+    dim, start, stop, _step = slice_bounds(call)
+    after = shape_of(call)[dim] - stop
     return slice_(call), {k: v for k, v in {"before": start, "after": after}.items() if v}
 
 

@@ -1,0 +1,170 @@
+"""Which dims of the inputs may vary: what a user declares, and what torch.export makes of it.
+
+export_varying  export with the declared dims, within the ranges that the model can take
+varying_dims    the named dims of an exported program, with their symbols and ranges
+refusal         torch.export's own words on dims that cannot vary, by name
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram, ShapesCollection
+
+from autotp.dynamic import DynamicInputs
+from autotp.errors import CaptureError, InputError
+from autotp.passes.program import VaryingDim, name_leaves, refuse_unequal
+from autotp.sizes import size_of
+
+LEAST = 2
+"""Sizes 0 and 1 are other programs to torch.export: dims of one element broadcast."""
+
+
+Ranges = Mapping[str, Mapping[str, int]]
+"""The least and most ("min" and "max") that named dims may be."""
+
+
+def export_varying(
+    run: Callable[[Any], ExportedProgram],
+    leaves: Mapping[str, Any],
+    dynamic: DynamicInputs,
+) -> ExportedProgram:
+    """Return what `run` exports where dims of the `leaves`, given by name, vary as `dynamic` says.
+
+    A first export may find ranges that the model can take; it is done again within these.
+
+    Raises: InputError for what the example inputs cannot vary in, CaptureError for dims that the
+    model holds to a size.
+    """
+    if not dynamic:
+        return run(None)
+    refuse_undeclarable(leaves, dynamic)
+    try:
+        return run(declared(leaves, dynamic, {}))
+    except CaptureError as error:
+        ranges, why = ranges_found(str(error.__cause__)), refusal(str(error.__cause__), dynamic)
+        if why is None or not ranges:
+            raise why or error from error.__cause__
+    return run(declared(leaves, dynamic, ranges))
+
+
+def given_dims(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    dynamic: DynamicInputs | None,
+) -> DynamicInputs:
+    """Return those of the dims that inputs of this call have: an evaluation may have no labels."""
+    leaves = name_leaves(inspect.signature(model.forward), args, kwargs)
+    given = {name for name, leaf in leaves.items() if isinstance(leaf, Tensor)}
+    return {name: dims for name, dims in (dynamic or {}).items() if name in given}
+
+
+def refuse_undeclarable(leaves: Mapping[str, Any], dynamic: DynamicInputs) -> None:
+    """Raise InputError for what the example inputs cannot vary in."""
+    problems = [p for name, dims in dynamic.items() for p in _problems(leaves, name, dims)]
+    if problems:
+        raise InputError(
+            "dynamic names what cannot vary",
+            at=problems,
+            remedy='dynamic={"input": {dim: "name"}}, with sizes of at least 2 in the example',
+        )
+    sizes: dict[str, dict[str, int]] = {}
+    for name, dims in dynamic.items():
+        for dim, label in dims.items():
+            sizes.setdefault(label, {})[f"dim {dim} of {name}"] = leaves[name].shape[dim]
+    refuse_unequal(sizes)
+
+
+def declared(leaves: Mapping[str, Any], dynamic: DynamicInputs, ranges: Ranges) -> Any:
+    """Return the varying dims as a ShapesCollection, as torch.export wants them."""
+    labels = {label for dims in dynamic.values() for label in dims.values()}
+    made: dict[str, Any] = {label: Dim(label, **ranges.get(label, {})) for label in sorted(labels)}
+    shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]
+    for name, dims in dynamic.items():
+        shapes[leaves[name]] = {dim: made[label] for dim, label in dims.items()}
+    return shapes
+
+
+def _problems(
+    leaves: Mapping[str, Any], name: str, dims: Mapping[int, str]
+) -> Iterator[tuple[str, str]]:
+    leaf = leaves.get(name)
+    if not isinstance(leaf, Tensor):
+        known = ", ".join(n for n, value in leaves.items() if isinstance(value, Tensor))
+        yield name, f"is no tensor of the example inputs: {known}"
+        return
+    for dim, label in dims.items():
+        if not 0 <= dim < leaf.ndim:
+            yield name, f"has no dim {dim} in {list(leaf.shape)}"
+        elif not label.isidentifier():
+            yield name, f"{label!r} is no name for dim {dim}"
+        elif leaf.shape[dim] < LEAST:
+            yield name, f"dim {dim}, {label}, is {leaf.shape[dim]}"
+
+
+def varying_dims(
+    exported: ExportedProgram, placeholders: Mapping[str, str], dynamic: DynamicInputs
+) -> tuple[VaryingDim, ...]:
+    """Return the named dims, each where it is read first; `placeholders` of the leaves by name.
+
+    Raises: CaptureError for dims that the model holds to a size.
+    """
+    values = {n.name: n.meta["val"] for n in exported.graph.find_nodes(op="placeholder")}
+    found: dict[str, VaryingDim] = {}
+    fixed: list[tuple[str, str]] = []
+    for leaf, dims in dynamic.items():
+        for dim, label in dims.items():
+            n = values[placeholders[leaf]].shape[dim]
+            if not isinstance(n, torch.SymInt) or not n.node.expr.is_Symbol:
+                fixed.append((label, f"dim {dim} of {leaf} is always {n}"))
+            elif label not in found:
+                found[label] = _dim(exported, label, n, placeholders[leaf], dim)
+    if fixed:
+        raise _cannot_vary(fixed)
+    return tuple(found.values())
+
+
+def _dim(
+    exported: ExportedProgram, label: str, n: torch.SymInt, placeholder: str, dim: int
+) -> VaryingDim:
+    given = exported.range_constraints[n.node.expr]
+    upper = given.upper
+    most = int(upper) if isinstance(upper, sympy.Integer | int) else None
+    least = max(LEAST, int(given.lower))
+    return VaryingDim(label, n.node.expr, placeholder, dim, int(size_of(n)), least, most)
+
+
+def ranges_found(said: str) -> Ranges:
+    """Return the ranges that torch.export suggests, if ranges are all that it suggests."""
+    suggested = said.partition("Suggested fixes:")[2].partition("\n\n")[0].split("\n")
+    found = [re.fullmatch(r"(\w+) = Dim\('\w+', (.*)\)", s.strip()) for s in suggested if s.strip()]
+    ranges = {}
+    for match in found:
+        if match is None:
+            return {}
+        limits = re.findall(r"(min|max)=(\d+)", match[2])
+        ranges[match[1]] = {end: int(n) for end, n in limits}
+    return ranges
+
+
+def refusal(said: str, dynamic: DynamicInputs) -> CaptureError | None:
+    """Return what torch.export says of dims that cannot vary, if that is its error."""
+    names = {label for dims in dynamic.values() for label in dims.values()}
+    facts = re.findall(r"^\s*- (?:Not all values of )?(\w+) = (.*)$", said, re.MULTILINE)
+    at = dict.fromkeys((name, fact) for name, fact in facts if name in names)
+    return _cannot_vary(list(at)) if at else None
+
+
+def _cannot_vary(at: list[tuple[str, str]]) -> CaptureError:
+    return CaptureError(
+        "the model holds dims to a size that dynamic lets vary",
+        at=at,
+        remedy="take the size from the input's shape in the model, or leave it out of dynamic",
+    )
