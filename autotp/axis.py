@@ -85,13 +85,18 @@ class Axis(ABC):
         return self._all_reduce(x.contiguous(), op)
 
     def all_to_all(
-        self, x: Tensor, send: Sequence[int] | None = None, receive: Sequence[int] | None = None
+        self,
+        x: Tensor,
+        send: Sequence[int] | None = None,
+        receive: Sequence[int] | None = None,
+        counted: int | None = None,
     ) -> Tensor:
         """Send consecutive rows of `x` to each rank and return the rows received, in rank order.
 
-        Without the numbers of rows, `x` is a wire. The bytes counted are those of an even exchange.
+        Without the numbers of rows, `x` is a wire. The bytes counted are those of an even exchange
+        of `x`, or of as many bytes as are given: where data says how many rows go where.
         """
-        self._count("all_to_all", x.nbytes)
+        self._count("all_to_all", x.nbytes if counted is None else counted)
         even = [x.shape[0] // self.size] * self.size
         return self._all_to_all(x.contiguous(), list(send or even), list(receive or even))
 
@@ -236,7 +241,7 @@ class ThreadAxis(Axis):
         def mine(messages: list[Sequence[Tensor]]) -> Tensor:
             return torch.cat([m[self.index] for m in messages])
 
-        return self._meet("all_to_all", x, torch.split(x, send), mine)
+        return self._meet("all_to_all", x[:0], torch.split(x, send), mine)
 
     def _meet(self, what: str, x: Tensor, bring: Any, combine: Callable[..., Tensor]) -> Tensor:
         """Show `bring` to the others and combine what all show, before anyone goes on."""

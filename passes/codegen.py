@@ -237,7 +237,7 @@ def _target(e: _Emitter, node: fx.Node, op: Op, decision: Decision) -> tuple[Any
         layouts = decision.operands, decision.results
         return e.sites.split(node, op.rule, layouts, axes, _attribute(e, "rng"))
     extra: dict[str, Any] = {}
-    for factor in op.rule.own:
+    for factor in op.rule.own if op.rule.runs(decision.split) else ():
         axes = tuple(_attribute(e, a) for a in _splitting(e, decision, factor))
         if axes:
             extra[f"split_{factor}"] = axes

@@ -125,7 +125,11 @@ def native_dropped_out(node: fx.Node) -> fx.Node:
 
 def zeroed(node: fx.Node) -> fx.Node:
     """Fill what is made empty, so that it is the same on all ranks."""
-    new = like(node.graph, aten.zeros_like.default, node.args, node)
+    op = {
+        aten.empty_like.default: aten.zeros_like.default,
+        aten.new_empty.default: aten.new_zeros.default,
+    }[node.target]
+    new = like(node.graph, op, node.args, node)
     new.kwargs = node.kwargs
     return new
 
@@ -154,6 +158,7 @@ SPELLINGS: dict[Any, Rewrite] = {
     aten.flatten.using_ints: reshaped,
     aten.lift_fresh_copy.default: source,
     aten.native_dropout.default: native_dropped_out,
+    aten.new_empty.default: zeroed,
     aten.reshape.default: reshaped,
     aten.reshape_as.default: reshaped,
     aten.slice.Tensor: same_if_whole,

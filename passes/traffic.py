@@ -20,11 +20,12 @@ def internal_traffic(
     training: bool,
 ) -> Iterator[tuple[int, str, int, int]]:
     """Yield (axis, collective, bytes, times) of all that the op's program sends on one rank."""
-    if op.rule.traffic is None or not any(f in op.rule.own for factors in split for f in factors):
+    if op.rule.traffic is None or not op.rule.runs(split):
         return
     axes: dict[str, list[int]] = {}
     for axis, factors in enumerate(split):
-        for factor in factors:
+        together = (" ".join(factors),) if len(factors) > 1 else ()
+        for factor in (*factors, *together):
             axes.setdefault(factor, []).append(axis)
     local = local_call(op.call, operands, results, grid)
     ranks = {f: tuple(grid.sizes[a] for a in on) for f, on in axes.items()}

@@ -31,6 +31,7 @@ RUNTIME = {
     "random_programs",
     "randomness",
     "ranks",
+    "routing",
     "split_attention",
 }
 

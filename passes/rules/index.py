@@ -1,14 +1,17 @@
 """Rules of lookups, writes and sorts: the dim that is looked up, written or sorted is whole.
 
-That of an embedding may be split: a local program masks.
+That of a lookup may be split: local programs mask, or fetch the rows from their owners.
 """
 
 from __future__ import annotations
 
+import math
+import re
+
 import torch
 
-from autotp import local_lookups, local_programs
-from autotp.passes.rules.table import Call, Tensor, letters, rule
+from autotp import local_lookups, local_programs, routing
+from autotp.passes.rules.table import Call, Message, Ranks, Tensor, letters, rule
 
 aten = torch.ops.aten
 
@@ -75,8 +78,11 @@ def named(call: Call, name: str) -> str:
 
 
 def index(call: Call) -> str:
-    """Indexed dims are whole; the others, and those of integer indices, may split."""
+    """Indexed dims are whole, but for v, that of a lone integer index; all others may split."""
     left, indices, right = indexed(call, "{}")
+    given = [t for t in call.arg(1) if t]
+    if len(given) == 1 and not is_mask(given[0]):
+        left = re.sub(r"\[\w+\]", "v", left)
     return f"{', '.join([left, *indices])} -> {' '.join(right)}"
 
 
@@ -175,6 +181,22 @@ def ordered(call: Call) -> str:
     return f"{' '.join(left)} -> {' '.join(right)}, {' '.join(right)}"
 
 
+def fetched_traffic(call: Call, ranks: Ranks) -> list[Message]:
+    """Indices are gathered, rows come from their owners, and their gradients go back."""
+    sizes, made = ranks.get("v i0", ()), call.results[0]
+    (indices,) = (t for t in call.operands[1:] if t)
+    asked = math.prod(indices.shape) * indices.dtype.itemsize
+    rows = math.prod(made.shape) * made.dtype.itemsize
+    return [
+        *(
+            Message("v i0", asked * math.prod(sizes[k:]), kind="all_gather", level=k)
+            for k in range(len(sizes))
+        ),
+        Message("v i0", rows, kind="all_to_all"),
+        Message("v i0", rows, backward=True, kind="all_to_all"),
+    ]
+
+
 rule(
     aten.embedding.default,
     lookup,
@@ -192,7 +214,15 @@ rule(
 rule(aten.bucketize.Tensor, placed)
 rule(aten.gather.default, gather, linear=(0,), saves=(1,))
 rule(aten.histc.default, whole)
-rule(aten.index.Tensor, index, linear=(0,))
+rule(
+    aten.index.Tensor,
+    index,
+    linear=(0,),
+    saves=(1,),
+    split={"v": "P", "v i0": "S"},
+    program=routing.split_index,
+    traffic=fetched_traffic,
+)
 rule(aten.index_add.default, add, linear=(0, 2), saves=(1,))
 rule(aten.index_copy.default, copied, linear=(0, 2), saves=(1,))
 rule(aten.index_fill.int_Scalar, copied, saves=(1,))

@@ -12,13 +12,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 
 from autotp.errors import RuleError
 from autotp.layouts import Shape
 from autotp.passes.rules.sentence import Signature, parse
 
 Op = Any
-"""An ATen overload, such as torch.ops.aten.linear.default."""
+"""An ATen overload, such as torch.ops.aten.linear.default; in a row also the name of another
+library's, such as "transformers::grouped_mm_fallback": it is there only once that is imported."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,7 @@ Localize = Callable[[Call, Call], tuple[Any, ...]]
 class Message:
     """What a local program sends over the axes that split a factor, `times` on each of them.
 
+    factor  one, or several that are split together, as in `Rule.split`
     level   the one axis meant, counted from the outermost; all of them where it is None
     """
 
@@ -70,7 +73,7 @@ class Message:
 
 
 Ranks = Mapping[str, tuple[int, ...]]
-"""Per factor that is split, how many ranks each axis has that splits it, outermost first."""
+"""Per factor, or several split together, how many ranks each axis has that splits it, in order."""
 
 Traffic = Callable[[Call, Ranks], list[Message]]
 """From the local call and what splits it, all that its program sends."""
@@ -118,6 +121,10 @@ class Rule:
         """The factors that the local program splits, alone or together with others."""
         return tuple(dict.fromkeys(f for names in self.split for f in names.split()))
 
+    def runs(self, split: Sequence[tuple[str, ...]]) -> bool:
+        """Say whether the program runs, given the factors that each axis splits."""
+        return any(names in self.split for on in split for names in (*on, " ".join(on)))
+
     def groups(self, call: Call) -> list[tuple[str, ...]]:
         """Return the factors that the local program splits together; none where it draws."""
         drawing = self.random and self.random(call)
@@ -159,7 +166,8 @@ def forget(op: Op) -> None:
 
 def find(op: Op) -> Rule | None:
     """Return the rule of `op`: its row, or the pointwise rule if torch tags it so."""
-    return _TABLE.get(op) or _pointwise(op)
+    named: Op = op.name() if isinstance(op, OpOverload) else op  # type: ignore[no-untyped-call]
+    return _TABLE.get(op) or _TABLE.get(named) or _pointwise(op)
 
 
 @functools.cache

@@ -7,6 +7,7 @@ Sizes are small and mostly distinct; those that are split in blocks divide by tw
 from __future__ import annotations
 
 import torch
+import transformers.integrations.moe  # noqa: F401 - it brings its op
 
 aten = torch.ops.aten
 
@@ -40,6 +41,14 @@ def ints(high, *shape):
 def definite(count, size):
     half = torch.randn(count, size, size, dtype=torch.float64)
     return (half @ half.mT + torch.eye(size)).requires_grad_()
+
+
+def single(*shape):
+    return torch.randn(shape).requires_grad_()
+
+
+def ends(*rows):
+    return torch.tensor(rows, dtype=torch.int32)
 
 
 def targets(high, count):
@@ -143,6 +152,12 @@ FAMILIES = {
         (aten.mv.default, x(4, 8), x(8)),
         (aten.outer.default, x(4), x(6)),
     ],
+    "experts": lambda: [
+        (GROUPED, x(12, 4), x(4, 4, 6), ends(2, 2, 7, 12)),
+        (GROUPED, x(11, 4), x(5, 4, 6), ends(1, 2, 7, 7, 9)),
+        (aten._grouped_mm.default, single(12, 8), single(4, 8, 12), ends(2, 2, 7, 12)),
+        (aten._grouped_mm.default, single(4, 4, 8), single(4, 8, 12)),
+    ],
     "index": lambda: [
         (aten.embedding.default, x(12, 6), ints(12, 3, 4)),
         (aten.embedding.default, x(11, 4), ints(11, 5), 3),
@@ -167,6 +182,8 @@ FAMILIES = {
         (aten.searchsorted.Tensor, c(4, 6).sort()[0], c(4, 3)),
         (aten.take.default, x(4, 6), ints(24, 3)),
         (aten.index.Tensor, x(4, 6, 2), [ints(4, 8)]),
+        (aten.index.Tensor, x(5, 6), [ints(5, 7) - 3]),
+        (aten.index.Tensor, x(4, 6, 2), [None, ints(6, 3, 2)]),
         (aten.index.Tensor, x(4, 6, 2), [None, ints(6, 3, 1), ints(2, 4)]),
         (aten.index.Tensor, x(4, 6, 2), [ints(4, 3, 4), None, ints(2, 4)]),
         (aten.index.Tensor, x(4, 6, 2), [None, ints(6)]),
@@ -576,6 +593,7 @@ SYMMETRIC = [
 TRIPLETS = [x(4, 3, 6), x(4, 3, 6), x(4, 1, 6)]
 WAYS = [x(4, 4, 2), x(4, 4, 2)]
 WEIGHTED = [False, x(8), False, 3]
+GROUPED = torch.ops.transformers.grouped_mm_fallback.default
 EPS = [0.1, 1e-5, False]
 COPIES = [
     aten.alias.default, aten.clone.default, aten.contiguous.default, aten.detach.default,

@@ -23,14 +23,14 @@ def test_every_strategy_computes_what_the_op_computes(op, args, kwargs):
 
 
 def test_every_row_has_a_case():
-    assert {rule.op for rule in rows()} <= {op for op, _, _ in CALLS}
+    assert {rule.op for rule in rows()} <= {find(op).op for op, _, _ in CALLS if find(op)}
 
 
 def test_every_local_program_is_proved():
     wanted = {(rule.op, factor) for rule in rows() for factor in rule.split}
     programs = [call for call in CALLS if find(call[0]) and find(call[0]).split]
     split = {
-        (op, name)
+        (find(op).op, name)
         for op, args, kwargs in programs
         for strategy in check_rule(op, args, kwargs, grids=LINES[:1])
         for choice in strategy.choices
