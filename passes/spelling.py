@@ -125,10 +125,8 @@ def native_dropped_out(node: fx.Node) -> fx.Node:
 
 def zeroed(node: fx.Node) -> fx.Node:
     """Fill what is made empty, so that it is the same on all ranks."""
-    op = {
-        aten.empty_like.default: aten.zeros_like.default,
-        aten.new_empty.default: aten.new_zeros.default,
-    }[node.target]
+    is_like = node.target is aten.empty_like.default
+    op = aten.zeros_like.default if is_like else aten.new_zeros.default
     new = like(node.graph, op, node.args, node)
     new.kwargs = node.kwargs
     return new
