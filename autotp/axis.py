@@ -152,13 +152,19 @@ class DistAxis(Axis):
     def _all_to_all(self, x: Tensor, send: list[int], receive: list[int]) -> Tensor:
         return self._call("all_to_all_single", x, receive, send)
 
-    def _call(self, op: str, *arguments: Any) -> Tensor:
-        """Return what a collective returns; raise LostRankError where a rank does not take part."""
+    def _call(self, op: str, x: Tensor, *arguments: Any) -> Tensor:
+        """Return what a collective returns, complex numbers sent as pairs.
+
+        Raises LostRankError where a rank does not take part.
+        """
+        if x.is_complex():  # gloo sends none in an all-to-all
+            pairs = torch.view_as_real(x.resolve_conj())
+            return torch.view_as_complex(self._call(op, pairs, *arguments))
         start = getattr(_FUNCTIONAL, op)
         if torch.compiler.is_compiling():
-            return _wait(start(*arguments, self.group_name))
+            return _wait(start(x, *arguments, self.group_name))
         try:
-            return _wait(start(*arguments, self.group_name))
+            return _wait(start(x, *arguments, self.group_name))
         except RuntimeError as error:
             node = last_node(sys._getframe())
             raise lost(f"{op} on axis {self.name!r}", node, error) from error

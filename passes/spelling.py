@@ -123,40 +123,58 @@ def native_dropped_out(node: fx.Node) -> fx.Node:
     return result
 
 
-def zeroed(node: fx.Node) -> fx.Node:
-    """Fill what is made empty, so that it is the same on all ranks."""
-    is_like = node.target is aten.empty_like.default
-    op = aten.zeros_like.default if is_like else aten.new_zeros.default
-    new = like(node.graph, op, node.args, node)
-    new.kwargs = node.kwargs
-    return new
+def written_as(op: OpOverload) -> Rewrite:
+    """Return the rewrite to another op with the same arguments.
+
+    What is made empty is filled, so that it is the same on all ranks; parts of a split may share
+    memory, as nothing writes in place; a lazy conjugate or negative is computed: memory is sent.
+    """
+
+    def rewrite(node: fx.Node) -> fx.Node:
+        new = like(node.graph, op, node.args, node)
+        new.kwargs = node.kwargs
+        return new
+
+    return rewrite
 
 
-def split_safely(op: OpOverload) -> Rewrite:
-    """Return the rewrite to a split whose parts may share memory: nothing writes in place."""
-    return lambda node: like(node.graph, op, node.args, node)
+def joined(node: fx.Node) -> fx.Node:
+    """Leave out of a cat what torch ignores there: empty vectors beside longer tensors."""
+    parts: Any = node.args[0]
+    kept = [p for p in parts if not is_empty_vector(value_of(p))]
+    if len(kept) == len(parts) or any(value_of(p).dtype != value_of(node).dtype for p in kept):
+        return node
+    return like(node.graph, aten.cat.default, (kept, *node.args[1:]), node) if kept[1:] else kept[0]
+
+
+def is_empty_vector(value: torch.Tensor) -> bool:
+    """Say whether a value has one dim, known to be of no elements."""
+    return len(value.shape) == 1 and isinstance(value.shape[0], int) and value.shape[0] == 0
 
 
 SPELLINGS: dict[Any, Rewrite] = {
     aten._assert_scalar.default: dropped,
     aten._assert_tensor_metadata.default: dropped,
+    aten._conj.default: written_as(aten.conj_physical.default),
+    aten._neg_view.default: written_as(aten.neg.default),
     aten._to_copy.default: converted,
     aten._unsafe_view.default: reshaped,
     aten.alias.default: source,
     aten.alpha_dropout.default: dropped_out,
+    aten.cat.default: joined,
     aten.clone.default: copied,
     aten.contiguous.default: copied,
     aten.copy.default: copied_from,
     aten.detach.default: source,
     aten.dropout.default: dropped_out,
-    aten.empty_like.default: zeroed,
+    aten.empty_like.default: written_as(aten.zeros_like.default),
     aten.expand.default: expanded,
     aten.expand_as.default: expanded,
     aten.feature_dropout.default: dropped_out,
     aten.flatten.using_ints: reshaped,
     aten.lift_fresh_copy.default: source,
     aten.native_dropout.default: native_dropped_out,
-    aten.new_empty.default: zeroed,
+    aten.new_empty.default: written_as(aten.new_zeros.default),
     aten.reshape.default: reshaped,
     aten.reshape_as.default: reshaped,
     aten.slice.Tensor: same_if_whole,
@@ -167,9 +185,9 @@ SPELLINGS: dict[Any, Rewrite] = {
     aten.to.other: converted,
     aten.type_as.default: converted,
     aten.unflatten.int: reshaped,
-    aten.unsafe_chunk.default: split_safely(aten.chunk.default),
-    aten.unsafe_split.Tensor: split_safely(aten.split.Tensor),
-    aten.unsafe_split_with_sizes.default: split_safely(aten.split_with_sizes.default),
+    aten.unsafe_chunk.default: written_as(aten.chunk.default),
+    aten.unsafe_split.Tensor: written_as(aten.split.Tensor),
+    aten.unsafe_split_with_sizes.default: written_as(aten.split_with_sizes.default),
     aten.view.default: reshaped,
     aten.view_as.default: reshaped,
 }

@@ -14,6 +14,21 @@ def addmm(call: Call) -> str:
     return f"+{added(call, 't o')}, t i, i o -> t o"
 
 
+def addbmm(call: Call) -> str:
+    """The first operand is added once and broadcasts; the batch is summed."""
+    return f"+{added(call, 's t')}, z s i, z i t -> s t"
+
+
+def addmv(call: Call) -> str:
+    """The first operand is added once and broadcasts."""
+    return f"+{added(call, 't')}, t i, i -> t"
+
+
+def addr(call: Call) -> str:
+    """The first operand is added once and broadcasts."""
+    return f"+{added(call, 's t')}, s, t -> s t"
+
+
 def baddbmm(call: Call) -> str:
     """The first operand is added once and broadcasts."""
     return f"+{added(call, 'z s t')}, z s i, z i t -> z s t"
@@ -44,7 +59,10 @@ def einsum(call: Call) -> str:
     return spaced.replace(".", "...").replace("- >", "->").replace(" ,", ",")
 
 
+rule(aten.addbmm.default, addbmm, linear="each")
 rule(aten.addmm.default, addmm, linear="each")
+rule(aten.addmv.default, addmv, linear="each")
+rule(aten.addr.default, addr, linear="each")
 rule(aten.baddbmm.default, baddbmm, linear="each")
 rule(aten.bilinear.default, "... i, ... j, o i j, +o -> ... o", linear="each")
 rule(aten.bmm.default, "z s i, z i t -> z s t", linear="each")

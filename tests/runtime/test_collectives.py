@@ -224,15 +224,17 @@ def run_cases(axes):
     """Run a program of every kind of collective on the ranks of a 2x2 grid."""
     out = []
     here = (axes["row"].index, axes["col"].index)
-    for i, (shape, name, before, after) in enumerate(REAL_CASES):
+    cases = [(torch.float64, *case) for case in REAL_CASES]
+    cases += [(torch.complex64, *case) for case in REAL_CASES[3:7]]
+    for i, (dtype, shape, name, before, after) in enumerate(cases):
         torch_generator = torch.Generator().manual_seed(100 * i + 10 * here[0] + here[1])
         split = {before.dim: before} if isinstance(before, Shard) else {}
-        x = torch.randn(shape, dtype=torch.float64, generator=torch_generator)
+        x = torch.randn(shape, dtype=dtype, generator=torch_generator)
         for dim, t in split.items():
             x = slice_to_shard(x, axes[name], dim, t.parts)
         x = x.clone().requires_grad_()
         y = apply_move(x, axes[name], before, after, shape)
-        (y * torch.arange(y.numel()).reshape(y.shape)).sum().backward()
+        (y * torch.arange(y.numel()).reshape(y.shape)).abs().sum().backward()
         out += [y.detach(), x.grad]
     out.append(axes["row"].permute(torch.arange(5.0) + here[0]))
     return out, {n: (a.sent, a.calls) for n, a in axes.items()}

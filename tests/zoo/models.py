@@ -7,9 +7,18 @@ those that run in every `make test`.
 import torch
 
 from tests import models as basic
-from tests.zoo import generative, images, sequence, vision
+from tests.zoo import (
+    by_hand,
+    decoders,
+    encoders,
+    generative,
+    images,
+    seq2seq,
+    sequence,
+    vision,
+)
 
-FAMILIES = (basic, vision, images, generative, sequence)
+FAMILIES = (basic, by_hand, decoders, encoders, seq2seq, vision, images, generative, sequence)
 
 MODELS = {name: build for family in FAMILIES for name, build in family.MODELS.items()}
 SAMPLE = tuple(name for family in FAMILIES for name in getattr(family, "SAMPLE", ()))
