@@ -4,26 +4,61 @@ The optimum visits few of the strategies and moves that the compiler may emit; t
 """
 
 import random
+from unittest import mock
 
 import numpy as np
 
 from autotp.cost_model.cluster import bandwidth_bound
+from autotp.passes import strategies
+from autotp.passes.moves import Moves
 from autotp.passes.planning import read_plan
-from autotp.passes.search import Solution
+from autotp.passes.search import Solution, solve
 from autotp.passes.strategies import build_model
 
 TRIES = 100
 
 
+class DetourMoves(Moves):
+    """Moves whose prices are arbitrary, so that the ways between layouts are as well."""
+
+    def _edge_s(self, layout, axis, after, before_b, after_b, grad):
+        return random.Random(f"{layout} {axis} {after}").uniform(0.1, 1)
+
+
+class Plans:
+    """The plans of a prepared model on one grid: random ones by seed, the best, or a given one."""
+
+    def __init__(self, subject, grid, *, detours=False):
+        self.subject, self.grid = subject, grid
+        self.cluster = bandwidth_bound(1e9, flops_per_s=1e9)
+        with mock.patch.object(strategies, "Moves", DetourMoves if detours else Moves):
+            self.model = build_model(
+                subject.network, subject.factors, grid, self.cluster, subject.program.params
+            )
+
+    def random(self, seed):
+        """Return a legal plan, the same for the same seed."""
+        return self.of(random_choice(self.model.problem, random.Random(seed)))
+
+    def best(self):
+        """Return the cheapest plan."""
+        return self.of(solve(self.model.problem).choice)
+
+    def of(self, choice):
+        """Return the plan in which every variable takes the numbered choice."""
+        cost = self.model.problem.seconds(choice)
+        solution = Solution(choice, cost, 0.0, 0.0, 0, "random", 0.0)
+        program, network, factors = (
+            self.subject.program,
+            self.subject.network,
+            self.subject.factors,
+        )
+        return read_plan(program, network, factors, self.model, solution, self.grid, self.cluster)
+
+
 def random_plan(subject, grid, seed):
     """Return a legal plan of a prepared model, the same for the same seed."""
-    cluster = bandwidth_bound()
-    program, network, factors = subject.program, subject.network, subject.factors
-    model = build_model(network, factors, grid, cluster, program.params)
-    choice = random_choice(model.problem, random.Random(seed))
-    cost = model.problem.seconds(choice)
-    solution = Solution(choice, cost, 0.0, 0.0, 0, "random", 0.0)
-    return read_plan(program, network, factors, model, solution, grid, cluster)
+    return Plans(subject, grid).random(seed)
 
 
 def random_choice(problem, rng):

@@ -1,0 +1,220 @@
+"""Random programs on random grids, under random legal plans and the best one, beside the original.
+
+    python -m tests.fuzz.programs --count 2000 --seed 0
+
+A case is one plan of one program on one grid: its loss or outputs, all gradients and one SGD step
+must be the unsharded program's. What fails is made as small as it goes on failing, and printed.
+"""
+
+import argparse
+import random
+import sys
+import time
+import warnings
+from collections import Counter
+from dataclasses import dataclass, replace
+
+import torch
+
+from autotp.check import between, prepare, take_step, type_problems
+from autotp.errors import AutotpError
+from autotp.grid import as_grid
+from tests.fuzz.grow import grow
+from tests.random_plans import Plans
+
+GRIDS = ((2,), (3,), (4,), (2, 2), (2, 2), (2, 3), (3, 2), (2, 4), (2, 1, 2), (2, 2, 2))
+PLANS = 4
+"""Random plans per program, beside the best one."""
+CLOSE = 1e-8
+"""In float64 a bug is larger, rounding smaller."""
+BEST = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A program, a grid, and the seed of a plan or BEST."""
+
+    program: object
+    grid: tuple
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A case with what is wrong, and the plan in words."""
+
+    case: Case
+    kind: str
+    fact: str
+    plan: str = ""
+
+    def __str__(self):
+        c = self.case
+        way = "best()" if c.seed == BEST else f"random({c.seed})"
+        return "\n".join(
+            [
+                f"{self.kind}: {self.fact}",
+                "",
+                str(c.program),
+                "",
+                f"plan = Plans(prepare(model, (), inputs), as_grid({c.grid}), detours=True).{way}",
+                self.plan,
+            ]
+        )
+
+
+def cases_of(seed):
+    """Yield the cases of one seed, all of one program on one grid."""
+    rng = random.Random(seed)
+    program, grid = grow(seed), rng.choice(GRIDS)
+    for plan in (BEST, *range(PLANS)):
+        yield Case(program, grid, plan)
+
+
+def failure_of(cases):
+    """Return the first failure of cases that share a program and a grid, and how many ran."""
+    count = 0
+    first, *_ = cases
+    try:
+        model, inputs = first.program.build()
+        model(**inputs)
+    except Exception as error:
+        return None, count, f"no program: {said(error)}"
+    try:
+        subject = prepare(model, (), inputs)
+    except AutotpError as error:  # a refusal is no failure
+        return None, count, error.what
+    except Exception as error:
+        return Failure(first, "capture", said(error)), count, ""
+    wrong = [d for d in subject.captured if d.relative(subject.tolerance) > CLOSE]
+    if wrong:
+        return Failure(first, "capture", f"{wrong[0].kind} {wrong[0].name} differs"), count, ""
+    plans = Plans(subject, as_grid(first.grid), detours=True)
+    for case in cases:
+        count += 1
+        found = plan_failure(subject, plans, case)
+        if found:
+            return found, count, ""
+    return None, count, ""
+
+
+def plan_failure(subject, plans, case):
+    """Return what is wrong with one plan of a prepared program, or None."""
+    plan = None
+    try:
+        plan = plans.best() if case.seed == BEST else plans.random(case.seed)
+        run = take_step(subject, plan)
+        problems = type_problems(subject, plan, run)
+    except Exception as error:
+        return Failure(case, "raised", said(error), str(plan))
+    if problems:
+        return Failure(case, "types", problems[0], str(plan))
+    for d in between(subject, plan, run):
+        off = replace(d, jitter=subject.jitter[d.kind, d.name]).relative(subject.tolerance)
+        if off > CLOSE:
+            return Failure(case, "differs", f"{d.kind} {d.name} by {off:.1e}", str(plan))
+    return None
+
+
+def said(error):
+    return f"{type(error).__name__}: {str(error)[:400]}"
+
+
+# Smaller -----------------------------------------------------------------------------------------
+
+
+def shrink(failure, tries=12, budget_s=120):
+    """Return the smallest failure found: of fewer lines, outputs and ranks, of the same kind.
+
+    `budget_s` are seconds of this process.
+    """
+    until = time.process_time() + budget_s
+    while time.process_time() < until:
+        smaller = (
+            found
+            for program, grid in reductions(failure.case)
+            if time.process_time() < until and (found := fails_alike(failure, program, grid, tries))
+        )
+        following = next(smaller, None)
+        if following is None:
+            break
+        failure = following
+    return failure
+
+
+def fails_alike(failure, program, grid, tries):
+    """Return the failure of a smaller case under some plan, if it is of the same kind."""
+    seeds = (BEST,) if failure.kind == "capture" else (BEST, *range(tries))
+    cases = [Case(program, grid, seed) for seed in seeds]
+    try:
+        found, _, _ = failure_of(cases)
+    except Exception:  # no program any more
+        return None
+    return found if found and found.kind == failure.kind else None
+
+
+def reductions(case):
+    """Yield smaller programs and grids, the boldest first."""
+    program, grid = case.program, case.grid
+    for k in range(len(grid)):
+        if len(grid) > 1:
+            yield program, grid[:k] + grid[k + 1 :]
+    for output in program.outputs:
+        yield replace(program, outputs=(output,)).live(), grid
+    for line in program.lines:
+        for name in line.makes:
+            yield replace(program, outputs=(name,)).live(), grid
+    for name in program.outputs if len(program.outputs) > 1 else ():
+        rest = tuple(o for o in program.outputs if o != name)
+        yield replace(program, outputs=rest).live(), grid
+    for line in program.lines:
+        yield from ((cut, grid) for cut in program.without(line))
+    for k, size in enumerate(grid):
+        if size > 2:
+            yield program, (*grid[:k], size - 1, *grid[k + 1 :])
+
+
+# All ---------------------------------------------------------------------------------------------
+
+
+def run(seeds, until=float("inf")):
+    """Run the cases of these seeds; return the failures, and counts of what was done."""
+    counts, failures = Counter(), []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for seed in seeds:
+            if time.monotonic() > until:
+                break
+            found, count, refused = failure_of(list(cases_of(seed)))
+            counts.update(programs=1, cases=count)
+            counts.update({f"refused: {refused}": 1} if refused else {})
+            if found:
+                failures.append((seed, found))
+    return failures, counts
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=2000, help="programs")
+    parser.add_argument("--seed", type=int, default=0, help="the first program's seed")
+    parser.add_argument("--keep-going", action="store_true", help="do not stop at a failure")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    totals, failed = Counter(), 0
+    for seed in range(options.seed, options.seed + options.count):
+        failures, counts = run([seed])
+        totals += counts
+        for _, failure in failures:
+            failed += 1
+            with warnings.catch_warnings(action="ignore"):
+                print(f"seed {seed}\n{shrink(failure)}\n", flush=True)
+        if failed and not options.keep_going:
+            break
+        if totals["programs"] % 100 == 0:
+            print(f"seed {seed}: {dict(totals)}, {failed} failures", flush=True)
+    print(f"{dict(totals)}, {failed} failures")
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""A sample of the random programs; `python -m tests.fuzz.programs` runs as many as asked."""
+
+import pytest
+
+from autotp import simulate
+from tests.fuzz.grow import Growth, grow
+from tests.fuzz.ops import FAMILIES, Skip
+from tests.fuzz.program import Line, Program
+from tests.fuzz.programs import BEST, Case, failure_of, run, shrink
+
+
+@pytest.mark.parametrize("seed", range(0, 40, 10))
+def test_random_programs_under_random_plans(seed):
+    failures, counts = run(range(seed, seed + 10))
+    assert not failures, f"seed {failures[0][0]}\n{failures[0][1]}"
+    assert counts["programs"] == 10 and counts["cases"] >= 40, counts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1000, 2000, 100))
+def test_many_random_programs_under_random_plans(seed):
+    failures, _ = run(range(seed, seed + 100))
+    assert not failures, f"seed {failures[0][0]}\n{shrink(failures[0][1])}"
+
+
+def test_a_seed_is_a_program():
+    assert str(grow(3)) == str(grow(3)) != str(grow(4))
+
+
+def test_every_family_can_be_written():
+    unwritten, seed = set(FAMILIES), 0
+    while unwritten and seed < 40:
+        g = Growth(seed)
+        g.input("torch.randn([2, 4, 6]).double()")
+        g.input("torch.randn([2, 4, 6, 4]).double()")
+        g.input("torch.randn([6]).double()")
+        g.input("torch.randint(5, [4, 6])")
+        g.line(lambda g: f"{g.inputs and 'x0'} * 0.5")
+        for family in sorted(unwritten, key=list(FAMILIES).index):
+            try:
+                g.line(family)
+                unwritten.discard(family)
+            except Skip:
+                continue
+        seed += 1
+    assert not unwritten
+
+
+LONG = Program(
+    inputs={"x0": "torch.randn([4, 6]).double()"},
+    params={"p0": "nn.Parameter(torch.randn([6, 6]).double())"},
+    lines=(
+        Line(("v0",), "v0 = F.linear(x0, p0)"),
+        Line(("v1", "v2"), "v1, v2 = v0.tanh().chunk(2, -1)"),
+        Line(("v3",), "v3 = v1 @ v2.mT"),
+        Line(("v4",), "v4 = F.relu(v3) + v3"),
+        Line(("v5",), "v5 = v4.square().mean()"),
+    ),
+    outputs=("v5", "v0"),
+)
+
+
+def test_a_failure_is_shrunk_to_the_line_that_is_wrong(monkeypatch):
+    emit = simulate.emit
+
+    def wrong(*args):
+        module = emit(*args)
+        for node in module.graph.nodes:
+            if "relu" in str(node.target):
+                node.target = simulate.torch.sigmoid
+        module.recompile()
+        return module
+
+    monkeypatch.setattr(simulate, "emit", wrong)
+    found = shrink(failure_of([Case(LONG, (2, 2), BEST)])[0], budget_s=20)
+    assert [line.text for line in found.case.program.lines] == ["v4 = F.relu(v3) + v3"]
+    assert found.case.grid == (2,)
