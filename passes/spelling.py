@@ -38,6 +38,7 @@ def spell(graph: fx.Graph, seeds: Collection[str]) -> None:
             new = rewrite(node)
         if new is not None:
             node.replace_all_uses_with(new)
+            found |= {new} if node in found else set()
         if new is not node:
             graph.erase_node(node)
     free_draws(graph)

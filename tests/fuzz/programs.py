@@ -144,8 +144,9 @@ def shrink(failure, tries=12, budget_s=120):
 
 def fails_alike(failure, program, grid, tries):
     """Return the failure of a smaller case under some plan, if it is of the same kind."""
-    seeds = (BEST,) if failure.kind == "capture" else (BEST, *range(tries))
-    cases = [Case(program, grid, seed) for seed in seeds]
+    if failure.kind == "capture":  # no grid and no plan has a part in it
+        grid, tries = (1,), 0
+    cases = [Case(program, grid, seed) for seed in (BEST, *range(tries))]
     try:
         found, _, _ = failure_of(cases)
     except Exception:  # no program any more

@@ -70,6 +70,15 @@ class NoGrad(Pair):
         return (self.b(x) * scale + frozen * self.a(x.detach()) + self.b(x).detach()).square().sum()
 
 
+class DetachedViews(Pair):
+    def forward(self, x):
+        with torch.no_grad():
+            scale = self.a(x) * 2
+        flat = self.a(x).flatten().detach() + self.b(x).mT.unsqueeze(0).to(x.dtype).flatten()
+        halves = self.a(x).expand(2, -1, -1).detach().flatten(1)
+        return (flat * halves * scale.flatten()).square().sum()
+
+
 class NestedGrad(Pair):
     def forward(self, x):
         with torch.no_grad():
@@ -163,6 +172,7 @@ CASES = {
     "mlp": (MLP, rows),
     "nanogpt": (NanoGPT, lambda: dict(zip(("ids", "targets"), tokens().values(), strict=True))),
     "no_grad": (NoGrad, rows),
+    "detached_views": (DetachedViews, rows),
     "nested_grad": (NestedGrad, rows),
     "autocast": (Autocast, rows),
     "in_place": (InPlace, rows),
