@@ -7,6 +7,7 @@ must be the unsharded program's. What fails is made as small as it goes on faili
 """
 
 import argparse
+import math
 import random
 import sys
 import time
@@ -123,7 +124,7 @@ def said(error):
 # Smaller -----------------------------------------------------------------------------------------
 
 
-def shrink(failure, tries=12, budget_s=120):
+def shrink(failure, tries=4, budget_s=120):
     """Return the smallest failure found: of fewer lines, outputs and ranks, of the same kind.
 
     `budget_s` are seconds of this process.
@@ -140,6 +141,11 @@ def shrink(failure, tries=12, budget_s=120):
             break
         failure = following
     return failure
+
+
+def extent(program, grid):
+    """Return what a reduction must lessen."""
+    return len(program.lines), len(program.outputs), math.prod(grid), len(str(program))
 
 
 def fails_alike(failure, program, grid, tries):

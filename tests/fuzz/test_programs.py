@@ -72,6 +72,6 @@ def test_a_failure_is_shrunk_to_the_line_that_is_wrong(monkeypatch):
         return module
 
     monkeypatch.setattr(simulate, "emit", wrong)
-    found = shrink(failure_of([Case(LONG, (2, 2), BEST)])[0], budget_s=20)
-    assert [line.text for line in found.case.program.lines] == ["v4 = F.relu(v3) + v3"]
-    assert found.case.grid == (2,)
+    found = shrink(failure_of([Case(LONG, (2, 2), BEST)])[0], tries=1, budget_s=40)
+    (line,) = found.case.program.lines
+    assert "relu" in line.text and found.case.grid == (2,)
