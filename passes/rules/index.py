@@ -172,13 +172,14 @@ def placed(call: Call) -> str:
 
 def ordered(call: Call) -> str:
     """The sorted dim is whole; what is kept of it may be shorter."""
-    dim = call.arg(2 if call.op is aten.topk.default else 1, -1)
+    arguments = [argument.name for argument in call.op._schema.arguments]
+    dim = call.arg(arguments.index("dim"), -1)
     assert call.operands[0] is not None
     names = list(letters(len(call.operands[0].shape)))
     left, right = list(names), list(names)
     if names:
         left[dim], right[dim] = "[v]", "[k]"
-    return f"{' '.join(left)} -> {' '.join(right)}, {' '.join(right)}"
+    return f"{' '.join(left)} -> {', '.join(' '.join(right) for _ in call.results)}"
 
 
 def fetched_traffic(call: Call, ranks: Ranks) -> list[Message]:
@@ -211,6 +212,8 @@ rule(
     blocks=("d",),
     program=local_lookups.embedding_bag,
 )
+rule(aten.argsort.default, ordered, saves=())
+rule(aten.argsort.stable, ordered, saves=())
 rule(aten.bucketize.Tensor, placed)
 rule(aten.gather.default, gather, linear=(0,), saves=(1,))
 rule(aten.histc.default, whole)
@@ -237,5 +240,6 @@ rule(aten.scatter_add.default, scatter_add, linear=(0, 2), saves=(1,))
 rule(aten.scatter_reduce.two, scatter)
 rule(aten.searchsorted.Tensor, placed)
 rule(aten.sort.default, ordered, saves=(-1,))
+rule(aten.sort.stable, ordered, saves=(-1,))
 rule(aten.take.default, whole)
 rule(aten.topk.default, ordered, saves=(-1,))

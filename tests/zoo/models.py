@@ -11,6 +11,7 @@ from tests.zoo import (
     by_hand,
     decoders,
     encoders,
+    experts,
     generative,
     images,
     seq2seq,
@@ -18,7 +19,18 @@ from tests.zoo import (
     vision,
 )
 
-FAMILIES = (basic, by_hand, decoders, encoders, seq2seq, vision, images, generative, sequence)
+FAMILIES = (
+    basic,
+    by_hand,
+    decoders,
+    encoders,
+    seq2seq,
+    experts,
+    vision,
+    images,
+    generative,
+    sequence,
+)
 
 MODELS = {name: build for family in FAMILIES for name, build in family.MODELS.items()}
 SAMPLE = tuple(name for family in FAMILIES for name in getattr(family, "SAMPLE", ()))
