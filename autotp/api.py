@@ -25,6 +25,7 @@ from autotp.passes.factors import Factors, infer_factors
 from autotp.passes.network import Network, read_network, refuse_unruled
 from autotp.passes.planning import fingerprint, graph_digest, refuse_other_ops, search_plan
 from autotp.passes.program import Program
+from autotp.passes.regions import fold_regions
 from autotp.passes.varying import given_dims
 from autotp.passes.verify import verify
 from autotp.plan import Plan
@@ -103,7 +104,7 @@ def _emitted(
     """Return the program of one rank, its types checked."""
     module = emit(program, network, plan, coords, axes, rng)
     verify(module, network, factors, plan.grid)
-    return module
+    return fold_regions(module)
 
 
 def parallelize(

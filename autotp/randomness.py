@@ -43,6 +43,44 @@ class RandomState:
     exact: bool = False
     own: dict[torch.device, Tensor] | None = None
 
+    def mark(self) -> RandomMark:
+        """Return where this rank's draws stand."""
+        if not self.exact or self.own is not None:
+            return RandomMark(self.step_seed, dict(self.own or {}))
+        devices = [torch.device(name) for name in ("cpu", "cuda") if _is_used(name)]
+        return RandomMark(0, {d: _default_generator(d).get_state() for d in devices})
+
+    @contextmanager
+    def at(self, mark: RandomMark) -> Iterator[None]:
+        """Draw from `mark` on, and from where draws stand now afterwards."""
+        now = self.mark()
+        self._go_to(mark)
+        try:
+            yield
+        finally:
+            self._go_to(now)
+
+    def _go_to(self, mark: RandomMark) -> None:
+        if not self.exact or self.own is not None:
+            self.step_seed = mark.step_seed
+            self.own = None if self.own is None else dict(mark.states)
+        else:
+            for device, state in mark.states.items():
+                _default_generator(device).set_state(state)
+
+
+@dataclass(frozen=True, slots=True)
+class RandomMark:
+    """A place in a rank's draws: the step's seed, and the states of generators by device."""
+
+    step_seed: int
+    states: Mapping[torch.device, Tensor]
+
+
+def _is_used(device_type: str) -> bool:
+    started: Any = torch.cuda.is_initialized
+    return device_type == "cpu" or (torch.cuda.is_available() and started())
+
 
 def draw_step_seed() -> int:
     """Draw the seed of one forward from torch's default generator, which torch.manual_seed sets."""

@@ -21,6 +21,7 @@ from autotp.layouts import I, Layout, P, assemble, take_shard
 from autotp.passes.codegen import emit
 from autotp.passes.network import Network
 from autotp.passes.program import Program
+from autotp.passes.regions import fold_regions
 from autotp.plan import Plan
 
 Execute = Callable[[int, fx.GraphModule, Sequence[Tensor]], Sequence[Any]]
@@ -77,7 +78,7 @@ def run_grid(
         params = local_params(plan, state, rank)
         own = leaves(inputs)
         values = placeholder_values(program, params, state, own)
-        outputs = execute(rank, module, values) if execute else module(*values)
+        outputs = execute(rank, module, values) if execute else fold_regions(module)(*values)
         run_backward(outputs, backward and _local_gradients(plan, backward, coords))
         grads = {name: p.grad for name, p in params.items() if p.requires_grad}
         grads |= {n: x.grad for n, x in zip(program.inputs, own, strict=True) if x.requires_grad}

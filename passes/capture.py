@@ -3,8 +3,8 @@
     capture(model, args, kwargs, train=...) -> Program
 
 Shapes are static, except for the dims that `dynamic` names. The model is left as it was: training
-flags, configuration and gradients. What the graph cannot keep is refused by name, or warned about
-(gradient checkpointing).
+flags, configuration and gradients. What the graph cannot keep is refused by name; regions under
+torch.utils.checkpoint are noted.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from autotp.passes.export import (
     refuse_shared_memory,
     region_text,
     training_flag,
-    warn_of_checkpointing,
     without_cache,
 )
 from autotp.passes.names import op_name, plan_names
@@ -46,6 +45,7 @@ from autotp.passes.normalise import (
     value_of,
 )
 from autotp.passes.program import InputGuards, OutputSpec, Program, name_leaves, type_of
+from autotp.passes.regions import name_regions, read_regions
 from autotp.passes.size_nodes import SizeWriter, is_size, write_sizes
 from autotp.passes.spelling import spell
 from autotp.passes.varying import export_varying, varying_dims
@@ -72,7 +72,6 @@ def capture(
     Raises: CaptureError, with the line of the model that cannot be captured.
     """
     refuse_shared_memory(model)
-    warn_of_checkpointing(model, train)
     args, kwargs = distinct_tensors(tuple(args), dict(kwargs))
     signature, dynamic = inspect.signature(model.forward), dynamic or {}
     leaves = name_leaves(signature, args, kwargs)
@@ -142,6 +141,7 @@ def assemble(
     params, tied = owned(exported, list(model.named_parameters(remove_duplicate=False)), "params")
     buffers, _ = owned(exported, list(model.named_buffers(remove_duplicate=False)), "buffers")
     release_draws(graph)
+    read_regions(graph)
     spell(graph, seeds)
     varying = varying_dims(exported, placeholders_of(exported, call), call.dynamic)
     write_sizes(graph, SizeWriter(graph, varying, nodes_by_name(graph).__getitem__))
@@ -168,6 +168,7 @@ def assemble(
         varying=varying,
         where={n.name: at for n in graph.nodes if (at := user_line(n))},
         train=train,
+        regions=name_regions(graph, mutations),
     )
 
 

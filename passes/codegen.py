@@ -29,6 +29,7 @@ from autotp.passes.draws import draws
 from autotp.passes.move_calls import TARGETS, move_args
 from autotp.passes.network import Network, Op, is_getitem, is_tensor, output_args, value_name
 from autotp.passes.program import Program
+from autotp.passes.regions import note_region
 from autotp.passes.rules import Call, Tensor
 from autotp.passes.sites import CALLERS, Sites, unread
 from autotp.passes.size_nodes import SizeWriter, is_size
@@ -88,6 +89,7 @@ def emit(
         e.moves.setdefault(move.value, []).append(move)
     ops = {op.name: (op, d) for op, d in zip(network.ops, plan.decisions, strict=True)}
     for node in program.graph_module.graph.nodes:
+        last = next(reversed(e.graph.nodes), None)
         if node.name in idle:
             continue
         if node.op == "placeholder":
@@ -96,6 +98,8 @@ def emit(
             _emit_op(e, node, *ops[node.name])
         elif node.op == "call_function" and not (_stands_for_result(node, ops) or is_size(node)):
             _emit_whole(e, node)
+        if node.name in program.regions:
+            note_region(e.graph, last, program.regions[node.name])
     _emit_output(e)
     state = RandomState(exact=e.sites.exact)
     root = {name: state if name == "rng" else axes[name] for name in e.attributes}

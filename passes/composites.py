@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from autotp.passes.normalise import STRIDE_READERS
 from autotp.passes.rules import find
 
-PLACE = ("stack_trace", "nn_module_stack")
+PLACE = ("stack_trace", "nn_module_stack", "region")
 COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 
 

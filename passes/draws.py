@@ -98,7 +98,7 @@ def free_draws(graph: fx.Graph) -> None:
             for operand in dict.fromkeys(node.all_input_nodes):
                 if is_static(operand):
                     with graph.inserting_before(node):
-                        node.replace_input_with(operand, blank(graph, operand))
+                        node.replace_input_with(operand, blank(graph, operand, node))
     graph.eliminate_dead_code(is_impure_node=is_needed)
 
 
@@ -114,8 +114,8 @@ def dense_strides(value: Tensor) -> tuple[int, ...]:
     return tuple(torch.empty_like(bare).stride())
 
 
-def blank(graph: fx.Graph, like: fx.Node) -> fx.Node:
-    """Insert a tensor of ones whose shape, type and order in memory are those of `like`."""
+def blank(graph: fx.Graph, like: fx.Node, reader: fx.Node) -> fx.Node:
+    """Insert, where `reader` is, ones whose shape, type and order in memory are those of `like`."""
     value: Any = like.meta["val"]
     strides = dense_strides(value)
     with value.fake_mode:
@@ -127,8 +127,8 @@ def blank(graph: fx.Graph, like: fx.Node) -> fx.Node:
             (list(ones.shape),),
             {"dtype": value.dtype, "device": value.device},
         )
-        made.meta["val"] = ones
+        made.meta = {**reader.meta, "val": ones}
         if back != sorted(back):
             made = graph.call_function(aten.permute.default, (made, back))
-            made.meta["val"] = ones.permute(back)
+            made.meta = {**reader.meta, "val": ones.permute(back)}
     return made

@@ -25,25 +25,10 @@ from torch.utils import _pytree as pytree
 
 from autotp.errors import CaptureError
 from autotp.passes.normalise import pick_line
+from autotp.passes.regions import marked_regions
 from autotp.passes.statistics import followed
 
 # ---- before the export
-
-
-def warn_of_checkpointing(model: nn.Module, train: bool) -> None:
-    """Warn that torch.export drops gradient checkpointing, with the modules that ask for it."""
-    at = [n or "the model" for n, m in model.named_modules() if asks_for_checkpointing(m)]
-    if at and train:
-        warnings.warn(
-            f"gradient checkpointing is not captured: {', '.join(at[:4])}"
-            f"{', ...' if len(at) > 4 else ''} will keep every activation",
-            stacklevel=3,
-        )
-
-
-def asks_for_checkpointing(module: nn.Module) -> bool:
-    """Say whether gradient checkpointing is on in `module`."""
-    return getattr(module, "gradient_checkpointing", False) is True
 
 
 def refuse_shared_memory(model: nn.Module) -> None:
@@ -136,6 +121,7 @@ def export(model: nn.Module, args: Any, kwargs: Any, shapes: Any = None) -> Expo
             )
             stack.enter_context(mock.patch.object(Tensor, "register_hook", refuse_hook))
             stack.enter_context(watched_regions())
+            stack.enter_context(marked_regions(current_line))
             stack.enter_context(kept_attributes(model))
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     except CaptureError:

@@ -108,14 +108,26 @@ class Moves:
             self._between[key] = table.seconds[np.ix_(rows, columns)]
         return self._between[key]
 
-    def table(self, shape: Shape, dtype: torch.dtype, grad: bool, types: AxisTypes) -> MoveTable:
-        """Return the table of a value whose axes may have these types."""
-        key = (shape, dtype, grad, types)
+    def table(
+        self,
+        shape: Shape,
+        dtype: torch.dtype,
+        grad: bool,
+        types: AxisTypes,
+        again: bool = False,
+    ) -> MoveTable:
+        """Return the table of a value whose axes may have these types.
+
+        `again` says that what is sent forward is sent once more when backward recomputes it.
+        """
+        key = (shape, dtype, grad, types, again)
         if key not in self._tables:
-            self._tables[key] = self._compute(shape, dtype, grad, types)
+            self._tables[key] = self._compute(shape, dtype, grad, types, again)
         return self._tables[key]
 
-    def _compute(self, shape: Shape, dtype: torch.dtype, grad: bool, types: AxisTypes) -> MoveTable:
+    def _compute(
+        self, shape: Shape, dtype: torch.dtype, grad: bool, types: AxisTypes, again: bool
+    ) -> MoveTable:
         layouts = tuple(c for c in itertools.product(*types) if is_valid(shape, c, self.grid))
         number = {layout: k for k, layout in enumerate(layouts)}
         seconds = np.full((len(layouts), len(layouts)), np.inf)
@@ -126,7 +138,8 @@ class Moves:
             for axis, after in _changes(layout, types):
                 j = number.get((*layout[:axis], after, *layout[axis + 1 :]))
                 if j is not None:
-                    seconds[k, j] = self._edge_s(layout, axis, after, sizes[k], sizes[j], grad)
+                    edge = self._edge_s(layout, axis, after, (sizes[k], sizes[j]), grad, again)
+                    seconds[k, j] = edge
         _close(seconds, via)
         return MoveTable(layouts, number, seconds, via)
 
@@ -135,12 +148,18 @@ class Moves:
         return math.prod(largest_shape(shape, layout, self.grid)) * dtype.itemsize
 
     def _edge_s(
-        self, layout: Layout, axis: int, after: AxisType, before_b: int, after_b: int, grad: bool
+        self,
+        layout: Layout,
+        axis: int,
+        after: AxisType,
+        sizes: tuple[int, int],
+        grad: bool,
+        again: bool,
     ) -> float:
         move = move_of(layout[axis], after)
         assert move is not None
-        kinds = [move.forward] + ([move.backward] if grad else [])
-        size = wire_bytes(layout[axis], after, before_b, after_b, self.grid.sizes[axis])
+        kinds = [move.forward] * (1 + again) + ([move.backward] if grad else [])
+        size = wire_bytes(layout[axis], after, *sizes, self.grid.sizes[axis])
         return sum(self.kind_s(kind, size, axis) for kind in kinds)
 
     def kind_s(self, kind: str, size_bytes: int, axis: int) -> float:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 import operator
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -41,7 +41,11 @@ class Value:
 
 @dataclass(frozen=True, slots=True)
 class Op:
-    """One call that the planner decides: its rule, the values it reads and those it makes."""
+    """One call that the planner decides: its rule, the values it reads and those it makes.
+
+    region   the checkpoint region in which backward computes it again, if any
+    enters   the operands that come into that region with it; parameters are there anyway
+    """
 
     name: str
     call: Call
@@ -49,6 +53,8 @@ class Op:
     signature: Signature
     operands: tuple[str, ...]
     results: tuple[str, ...]
+    region: str = ""
+    enters: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +92,7 @@ def read_network(program: Program) -> Network:
         for name, val in results_of(node):
             values[name] = Value(name, shape_of(val), val.dtype, name_grad(program, node, name))
         if node.op == "call_function" and node.name in active and not is_getitem(node):
-            ops.append(_op(node, unruled))
+            ops.append(_in_region(_op(node, unruled), program, ops))
             made.update(ops[-1].results)
     read = {v for op in ops for v in op.operands}
     outputs = tuple(value_name(a) if isinstance(a, fx.Node) else None for a in output_args(program))
@@ -100,6 +106,16 @@ def read_network(program: Program) -> Network:
             stacklevel=3,
         )
     return Network(tuple(ops), kept, sources, outputs, unruled)
+
+
+def _in_region(op: Op, program: Program, earlier: Sequence[Op]) -> Op:
+    """Return `op` with the checkpoint region in which it lies."""
+    region = program.regions.get(op.name, "")
+    if not region:
+        return op
+    known = {v for other in reversed(earlier) if other.region == region for v in other.results}
+    enters = [k for k, v in enumerate(op.operands) if v not in known and v not in program.params]
+    return replace(op, region=region, enters=tuple(enters))
 
 
 def refuse_unruled(program: Program, network: Network) -> None:

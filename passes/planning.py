@@ -36,7 +36,7 @@ from autotp.passes.pins import (
     irreducible,
     refuse_misfits,
 )
-from autotp.passes.pricing import RESULT, Table, saved_positions, typing_of, whole_flops
+from autotp.passes.pricing import RESULT, Table, needed_positions, typing_of, whole_flops
 from autotp.passes.problem import Problem
 from autotp.passes.program import Program
 from autotp.passes.requirements import requirements
@@ -206,7 +206,7 @@ def read_plan(
         moves=moves,
         dynamic=requirements(program, network, strategies, decisions, moves, returned, grid),
         internal=_internal(network, decisions, grid),
-        memory=_memory(params.values(), _saved(network, decisions, rest, model.moves)),
+        memory=_memory(params.values(), _saved(network, decisions, made, rest, model.moves)),
         step_time_s=solution.cost_s,
         lower_bound_s=solution.lower_bound_s,
         search_s=solution.seconds,
@@ -290,16 +290,36 @@ def _memory(resting: Collection[Resting], saved_bytes: int) -> Memory:
 
 
 def _saved(
-    network: Network, decisions: Sequence[Decision], rest: Mapping[str, Layout], moves: Moves
+    network: Network,
+    decisions: Sequence[Decision],
+    made: Mapping[str, Layout],
+    rest: Mapping[str, Layout],
+    moves: Moves,
 ) -> int:
-    """Return the bytes that backward keeps: of each value once per layout, not of what rests so."""
-    saved = {
-        (op.results[0], d.results[0]) if slot == RESULT else (op.operands[slot], d.operands[slot])
-        for op, d in zip(network.ops, decisions, strict=True)
-        for slot in saved_positions(op, typing_of(network, op))
-    }
-    held = [(network.values[v], layout) for v, layout in saved if rest.get(v) != layout]
-    return sum(moves.local_bytes(v.shape, v.dtype, layout) for v, layout in held)
+    """Return the bytes that backward keeps: of each value once per layout, not of what rests so.
+
+    Of a checkpoint region what enters it is kept as it was made; when backward recomputes one, all
+    that it needs of this one is there as well: the largest is counted.
+    """
+    kept: set[tuple[str, Layout]] = set()
+    inner: dict[str, set[tuple[str, Layout]]] = {}
+    for op, d in zip(network.ops, decisions, strict=True):
+        needed = {
+            (op.results[0], d.results[0])
+            if slot == RESULT
+            else (op.operands[slot], d.operands[slot])
+            for slot in needed_positions(op, typing_of(network, op))
+        }
+        if op.region:
+            inner.setdefault(op.region, set()).update(needed)
+            needed = {(op.operands[k], made[op.operands[k]]) for k in op.enters}
+        kept |= needed
+
+    def held(saved: Collection[tuple[str, Layout]]) -> int:
+        values = [(network.values[v], c) for v, c in saved if rest.get(v) != c]
+        return sum(moves.local_bytes(v.shape, v.dtype, c) for v, c in values)
+
+    return held(kept) + max((held(needed - kept) for needed in inner.values()), default=0)
 
 
 def _internal(

@@ -66,6 +66,11 @@ class Table:
         return replace(self, memory=memory)
 
 
+def is_recomputed(network: Network, op: Op) -> bool:
+    """Say whether backward computes `op` again, and with it the moves right before it."""
+    return bool(op.region) and any(network.values[v].grad for v in op.results)
+
+
 def typing_of(network: Network, op: Op) -> Typing:
     """Return which operands and results of an op carry gradient."""
     return Typing.of(
@@ -75,7 +80,7 @@ def typing_of(network: Network, op: Op) -> Typing:
 
 def price_op(op: Op, strategies: Sequence[Strategy], typing: Typing, moves: Moves) -> Table:
     """Return the table of an op; nothing that it saves is charged yet."""
-    slots = saved_positions(op, typing)
+    slots = list(dict.fromkeys([*saved_positions(op, typing), RESULT]))
     costs = [_op_cost(op, s, typing, moves) for s in strategies]
     operands = zip(*(s.operands for s in strategies), strict=True)
     results = zip(*(s.results for s in strategies), strict=True)
@@ -105,10 +110,19 @@ def _op_cost(op: Op, s: Strategy, typing: Typing, moves: Moves) -> tuple[float, 
     split = [c.split for c in s.choices]
     inside = internal_traffic(op, split, s.operands, s.results, moves.grid, training)
     sending = sum(n * moves.kind_s(kind, size, axis) for axis, kind, size, n in inside)
-    return float(seconds) * (PASSES if training else 1) + sending, by_slot
+    passes = PASSES + bool(op.region) if training else 1
+    return float(seconds) * passes + sending, by_slot
 
 
 def saved_positions(op: Op, typing: Typing) -> list[int]:
+    """Return the operands (and RESULT) that are kept for backward.
+
+    In a checkpoint region these are what enters it: the rest is computed again.
+    """
+    return list(op.enters) if op.region else needed_positions(op, typing)
+
+
+def needed_positions(op: Op, typing: Typing) -> list[int]:
     """Return the operands (and RESULT) that backward needs.
 
     A product keeps an operand for the gradients of the others; a linear map of one keeps nothing.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
@@ -152,6 +152,7 @@ class Program:
     where: dict[str, str]  # node -> "file.py:line" of the user's code
     train: bool
     varying: tuple[VaryingDim, ...] = ()  # the named dims, in the order they were given
+    regions: dict[str, str] = field(default_factory=dict)  # node -> its checkpoint region
 
     @property
     def graph(self) -> fx.Graph:

@@ -15,16 +15,21 @@ from autotp.grid import Grid
 from autotp.layouts import Layout
 from autotp.passes.moves import Moves, MoveTable, Step
 from autotp.passes.network import Network, Value
+from autotp.passes.pricing import is_recomputed
 from autotp.plan import Decision, PlannedMove
 
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """In which layout a value is made, which its readers share, and which they read, in order."""
+    """In which layout a value is made, which its readers share, and which they read, in order.
+
+    again   those that are first read where backward recomputes
+    """
 
     made: Layout
     shared: Layout | None
     read: tuple[Layout, ...]
+    again: frozenset[Layout] = frozenset()
 
 
 def needs_of(
@@ -37,15 +42,22 @@ def needs_of(
     """Return the layouts of every value, in graph order of their first reader."""
     made = dict(sources)
     read: dict[str, list[Layout]] = {}
-    for decision in decisions:
+    again: dict[str, dict[Layout, bool]] = {}
+    for op, decision in zip(network.ops, decisions, strict=True):
         made.update(zip(decision.makes, decision.results, strict=True))
         for value, layout in zip(decision.reads, decision.operands, strict=True):
             read.setdefault(value, []).append(layout)
+            again.setdefault(value, {}).setdefault(layout, is_recomputed(network, op))
     for output, returned in zip(network.outputs, outputs, strict=True):
         if output and returned is not None:
             read.setdefault(output, []).append(returned)
     return {
-        value: Needs(made[value], copies.get(value), tuple(dict.fromkeys(layouts)))
+        value: Needs(
+            made[value],
+            copies.get(value),
+            tuple(dict.fromkeys(layouts)),
+            frozenset(c for c, recomputed in again.get(value, {}).items() if recomputed),
+        )
         for value, layouts in read.items()
     }
 
@@ -59,19 +71,21 @@ def schedule(
     for name, need in needs.items():
         value, table = network.values[name], tables.get(name)
         reached = {need.made}
-        for before, after in _hops(need):
+        for before, after, again in _hops(need):
             if before != after:
                 assert table is not None
                 path = moves.path(table, before, after, value.shape, value.dtype)
-                out += _unmade(value, made_by.get(name, name), before, path, reached, moves)
+                of = made_by.get(name, name)
+                out += _unmade(value, of, before, path, reached, moves, again)
     return tuple(out)
 
 
-def _hops(need: Needs) -> Iterable[tuple[Layout, Layout]]:
+def _hops(need: Needs) -> Iterable[tuple[Layout, Layout, bool]]:
     hub = need.shared if need.shared is not None else need.made
-    yield need.made, hub
+    moved = next((c for c in need.read if c != need.made), hub)
+    yield need.made, hub, moved in need.again
     for layout in need.read:
-        yield hub, layout
+        yield hub, layout, layout in need.again
 
 
 def _unmade(
@@ -81,13 +95,14 @@ def _unmade(
     path: Sequence[Step],
     reached: set[Layout],
     moves: Moves,
+    again: bool,
 ) -> list[PlannedMove]:
     """Return the moves of a path after the last layout on it that is there already."""
     out: list[PlannedMove] = []
     at = before
     for step in path:
         to = (*at[: step.axis], step.after, *at[step.axis + 1 :])
-        out.append(_planned(value, of, at, to, step, moves))
+        out.append(_planned(value, of, (at, to), step, moves, again))
         if to in reached:
             out.clear()
         at = to
@@ -96,10 +111,16 @@ def _unmade(
 
 
 def _planned(
-    value: Value, of: str, before: Layout, after: Layout, step: Step, moves: Moves
+    value: Value,
+    of: str,
+    ends: tuple[Layout, Layout],
+    step: Step,
+    moves: Moves,
+    again: bool,
 ) -> PlannedMove:
     grid: Grid = moves.grid
-    kinds = [step.forward] + ([step.backward] if value.grad else [])
+    before, after = ends
+    kinds = [step.forward] * (1 + again) + ([step.backward] if value.grad else [])
     sent: dict[str, Fraction] = {}
     for kind in kinds:
         size = step.sent_by(kind, grid.sizes[step.axis])

@@ -31,6 +31,7 @@ from autotp.passes.network import Network, Op, Value
 from autotp.passes.pricing import (
     RESULT,
     Table,
+    is_recomputed,
     price_copy,
     price_op,
     price_rest,
@@ -164,7 +165,7 @@ def build_model(
             _add_copy(b, value)
     for n, op in enumerate(network.ops):
         for value, wanted in zip(op.operands, b.tables[n].operands, strict=True):
-            _join(b, value, numbers[n], wanted)
+            _join(b, value, numbers[n], wanted, is_recomputed(network, op))
     for value in dict.fromkeys(o for o in network.outputs if o in b.places):
         _join_output(b, value)
     return Model(_problem(b), tuple(b.variables), moves, b.types, limits.may_return)
@@ -194,11 +195,17 @@ def _readers(network: Network) -> dict[str, list[Position]]:
 
 
 def _savers(network: Network) -> dict[str, list[Position]]:
-    """Return, per value, who keeps it for backward: the op and the slot, each op once."""
+    """Return, per value, who keeps it for backward: the op and the slot, each op once.
+
+    What enters a checkpoint region is kept as it is made, before the region moves it.
+    """
     savers: dict[str, dict[int, int]] = {name: {} for name in network.values}
+    makers = {op.results[0]: (n, RESULT) for n, op in enumerate(network.ops)}
     for n, op in enumerate(network.ops):
         for slot in saved_positions(op, typing_of(network, op)):
-            savers[op.results[0] if slot == RESULT else op.operands[slot]].setdefault(n, slot)
+            value = op.results[0] if slot == RESULT else op.operands[slot]
+            at = (n, slot) if not op.region else makers.get(value, (n, slot))
+            savers[value].setdefault(*at)
     return {name: list(slots.items()) for name, slots in savers.items()}
 
 
@@ -226,6 +233,7 @@ def _add_tables(b: _Builder, op: Op) -> None:
 def _op_key(op: Op, typing: Typing, factors: Factors) -> Iterable[object]:
     """Describe all that an op's strategies depend on; atoms are numbered by appearance."""
     yield op.call.op
+    yield bool(op.region), op.enters
     yield repr((op.call.args, op.call.kwargs))
     yield op.call.operands
     yield typing
@@ -328,26 +336,28 @@ def _add_copy(b: _Builder, value: str) -> None:
     table = b.table(key, price)
     layouts = table.results[0]
     b.places[value] = (b.add("copy", value, table), layouts)
-    b.pairs.append((producer, b.places[value][0], _pair(b, v, made, layouts)))
+    n, _ = b.readers[value][0]
+    again = n != OUTPUT and is_recomputed(b.network, b.network.ops[n])
+    b.pairs.append((producer, b.places[value][0], _pair(b, v, made, layouts, again)))
 
 
-def _pair(b: _Builder, v: Value, before: Column, after: Column) -> np.ndarray:
+def _pair(b: _Builder, v: Value, before: Column, after: Column, again: bool = False) -> np.ndarray:
     """Return the seconds of the cheapest moves from each layout to each."""
-    table = b.moves.table(v.shape, v.dtype, v.grad, b.types[v.name])
+    table = b.moves.table(v.shape, v.dtype, v.grad, b.types[v.name], again)
     return b.moves.between(table, before, after)
 
 
-def _join(b: _Builder, value: str, number: int, wanted: Column) -> None:
-    """Charge an op for bringing one operand to the layout that it wants."""
+def _join(b: _Builder, value: str, number: int, wanted: Column, again: bool) -> None:
+    """Charge an op for bringing one operand to the layout that it wants, twice if `again`."""
     v = b.network.values[value]
     if value in b.places:
         origin, found = b.places[value]
-        b.pairs.append((origin, number, _pair(b, v, found, wanted)))
+        b.pairs.append((origin, number, _pair(b, v, found, wanted, again)))
         return
     if value not in b.types:
         _note_types(b, value, [])
     whole = b.moves.column([(I,) * len(b.moves.grid.sizes)])
-    b.unary[number] = b.unary[number] + _pair(b, v, whole, wanted)[0]
+    b.unary[number] = b.unary[number] + _pair(b, v, whole, wanted, again)[0]
 
 
 def _join_output(b: _Builder, value: str) -> None:

@@ -19,7 +19,10 @@ def internal_traffic(
     grid: Grid,
     training: bool,
 ) -> Iterator[tuple[int, str, int, int]]:
-    """Yield (axis, collective, bytes, times) of all that the op's program sends on one rank."""
+    """Yield (axis, collective, bytes, times) of all that the op's program sends on one rank.
+
+    In a checkpoint region what it sends forward is sent again when backward recomputes it.
+    """
     if op.rule.traffic is None or not op.rule.runs(split):
         return
     axes: dict[str, list[int]] = {}
@@ -33,7 +36,8 @@ def internal_traffic(
         if training or not m.backward:
             on = axes.get(m.factor, [])
             for axis in on if m.level is None else on[m.level : m.level + 1]:
-                yield axis, m.kind, m.size_bytes, m.times
+                again = bool(op.region) and training and not m.backward
+                yield axis, m.kind, m.size_bytes, m.times * (1 + again)
 
 
 def local_call(

@@ -31,6 +31,7 @@ RUNTIME = {
     "random_programs",
     "randomness",
     "ranks",
+    "recompute",
     "routing",
     "split_attention",
 }

@@ -511,8 +511,9 @@ def test_refusals_name_the_place(model, words):
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
-def test_checkpointing_is_warned_about():
+def test_gradient_checkpointing_is_noted_by_layer():
     model = hugging("GPT2LMHeadModel", "GPT2Config", **GPT2)()
     model.gradient_checkpointing_enable()
-    with pytest.warns(UserWarning, match="gradient checkpointing is not captured: transformer"):
-        capture(model, (), tokens(), train=True)
+    program = capture(model, (), tokens(), train=True)
+    assert set(program.regions.values()) == {"transformer.h.0", "transformer.h.1"}
+    assert not capture(model, (), tokens(), train=False).regions
