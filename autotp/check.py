@@ -321,14 +321,15 @@ def tolerance(program: Program, network: Network) -> Tolerance:
 def longest_sum(op: Op) -> int:
     """Return the terms of an op's longest sum: over what a result, or a gradient, lacks.
 
-    Factors that stay whole, and those of local programs (a vocabulary looked up), do not count.
+    Factors that stay whole do not count, nor what a local program sums (a vocabulary looked up).
     """
     signature = op.signature
     read = _factors(dim for dims in signature.operands for dim in dims)
     made = _factors(dim for dims in signature.results for dim in dims)
-    lacking = [read - made, *(made - _factors(dims) for dims in signature.operands)]
-    left_out = signature.whole | set(op.rule.own)
-    return max(math.prod([signature.sizes[f] for f in absent - left_out]) for absent in lacking)
+    summed = read - made - set(op.rule.own)
+    lacking = [summed, *(made - _factors(dims) for dims in signature.operands)]
+    sizes = [[signature.sizes[f] for f in absent - signature.whole] for absent in lacking]
+    return max(map(math.prod, sizes))
 
 
 def _factors(dims: Any) -> set[str]:

@@ -3,7 +3,8 @@
 torch computes many ops (movedim, take_along_dim, the cells of recurrent networks, ...) by calling
 others: "composite" ops, whose gradient is that of their parts. Those that the table does not name
 are traced into their parts, which it may name. One that cannot be traced, or whose parts are not
-all plain functions of tensors, stays as it is: it runs whole.
+all plain functions of tensors, stays as it is: it runs whole. An op that reads memory by strides
+is written anew as a lookup: what a rank holds may lie in memory otherwise than the whole.
 """
 
 from __future__ import annotations
@@ -22,18 +23,76 @@ from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from autotp.errors import CaptureError
 from autotp.passes.normalise import STRIDE_READERS
 from autotp.passes.rules import find
 
+aten = torch.ops.aten
+
 PLACE = ("stack_trace", "nn_module_stack", "region")
+
+
+def read_strided(
+    x: Tensor, size: Sequence[int], stride: Sequence[int], storage_offset: int | None = None
+) -> Tensor:
+    """Look up what as_strided reads: the elements of `x` in the order of its memory, by number."""
+    flat = x.permute(order_in_memory(x)).reshape(-1)
+    return flat[numbers(x, size, stride, storage_offset or 0)]
+
+
+def write_strided(
+    x: Tensor,
+    values: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    storage_offset: int | None = None,
+) -> Tensor:
+    """Put `values` where as_strided would read them."""
+    order = order_in_memory(x)
+    back = [order.index(d) for d in range(x.ndim)]
+    at = numbers(x, size, stride, storage_offset or 0).reshape(-1)
+    there = x.permute(order)
+    return there.reshape(-1).index_put([at], values.reshape(-1)).reshape(there.shape).permute(back)
+
+
+def order_in_memory(x: Tensor) -> list[int]:
+    """Return the dims of `x` from the one whose steps are the longest.
+
+    Raises: CaptureError where the memory holds more than `x`.
+    """
+    order = sorted(range(x.ndim), key=lambda d: (-x.stride(d), x.shape[d]))
+    there = x.permute(order)
+    if x.storage_offset() or not there.is_contiguous():
+        raise CaptureError(
+            "as_strided reads memory beyond the tensor that it is given",
+            at=[("as_strided", f"of {list(x.shape)} with strides {list(x.stride())}")],
+            remedy="write it with slices, unfold or indices, or call it on x.clone()",
+        )
+    return order
+
+
+def numbers(x: Tensor, size: Sequence[int], stride: Sequence[int], first: int) -> Tensor:
+    """Return the places in memory that an as_strided of these sizes and strides reads."""
+    at = torch.full((), first, dtype=torch.int64, device=x.device)
+    for count, step in zip(size, stride, strict=True):
+        at = at.unsqueeze(-1) + torch.arange(count, device=x.device) * step
+    return at
+
+
+WRITTEN: dict[Any, Any] = {
+    aten.as_strided.default: read_strided,
+    aten.as_strided_scatter.default: write_strided,
+}
+"""Ops that depend on how memory is laid out, which differs between ranks -> the same without."""
 COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 
 
 def open_composites(graph: fx.Graph) -> None:
     """Replace the composite ops of `graph` that have no rule, in place."""
     for node in list(graph.nodes):
-        if is_composite(node) and find(node.target) is None:
+        if node.target in WRITTEN or (is_composite(node) and find(node.target) is None):
             parts = parts_of(node)
+            assert parts or node.target not in WRITTEN, node
             if parts is not None:
                 splice(graph, node, parts)
 
@@ -50,7 +109,7 @@ def is_composite(node: fx.Node) -> bool:
 
 def parts_of(node: fx.Node) -> fx.Graph | None:
     """Return the call of a node as a graph of its parts, or none if there is none that is plain."""
-    op: Any = node.target
+    op: Any = WRITTEN.get(node.target, node.target)
     leaves, spec = pytree.tree_flatten((node.args, node.kwargs))
     nodes = [leaf for leaf in leaves if isinstance(leaf, fx.Node)]
     tensors: list[Any] = [node.meta.get("val") for node in nodes]
@@ -66,6 +125,8 @@ def parts_of(node: fx.Node) -> fx.Graph | None:
     try:
         with warnings.catch_warnings(action="ignore"), allowing_constants(tensors[0]):
             graph: fx.Graph = make_fx(dispatch_functionalize(compute))(*tensors).graph
+    except CaptureError:
+        raise
     except Exception:  # whatever the op asks of real values
         return None
     return graph if all(map(is_plain, graph.nodes)) and any_ruled(graph) else None

@@ -14,7 +14,7 @@ import operator
 import os
 import re
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -232,8 +232,43 @@ def is_alias(node: fx.Node) -> bool:
 # ---- torch's functionalisation
 
 
+DRAWS_IN_PLACE = {
+    aten.alpha_dropout_.default: aten.alpha_dropout.default,
+    aten.dropout_.default: aten.dropout.default,
+    aten.feature_dropout_.default: aten.feature_dropout.default,
+}
+"""In-place ops that torch takes apart, after which they are known no more -> what they compute."""
+
+
+def draw_out_of_place(graph: fx.Graph) -> None:
+    """Let a dropout in place make a new tensor, where nothing later reads the old one's memory."""
+    for node in list(graph.nodes):
+        if node.target in DRAWS_IN_PLACE and is_last_reader(node):
+            node.target = DRAWS_IN_PLACE[node.target]
+            source(node).replace_all_uses_with(node, delete_user_cb=lambda user, at=node: user > at)
+
+
+def is_last_reader(node: fx.Node) -> bool:
+    """Say whether the memory that `node` writes is read later by its operand's name only."""
+    base = source(node)
+    while base.op == "call_function" and is_alias(base):
+        base = source(base)
+    family = {base}
+    for other in graph_after(base):
+        if is_alias(other) and other is not node and not family.isdisjoint(other.all_input_nodes):
+            family.add(other)
+    readers = (user for member in family - {source(node)} for user in member.users)
+    return base.op == "call_function" and not any(user > node for user in readers)
+
+
+def graph_after(node: fx.Node) -> Iterator[fx.Node]:
+    """Yield the calls that follow a node."""
+    return (n for n in node.graph.nodes if n > node and n.op == "call_function")
+
+
 def functionalise(exported: ExportedProgram) -> ExportedProgram:
     """Return `exported` without in-place ops and regions; itself where it has none."""
+    draw_out_of_place(exported.graph)
     if not any(map(needs_functionalising, exported.graph.nodes)):
         return exported
     lines = {

@@ -287,9 +287,10 @@ def _add_source(b: _Builder, value: str) -> None:
 
 
 def _meets_shards(b: _Builder, value: str) -> bool:
-    """Say whether any reader of a value can read it in shards."""
+    """Say whether any reader of a value can read it in shards in which it may rest."""
     wanted = (b.wide[n].operands[position] for n, position in b.readers[value] if n != OUTPUT)
-    return any(isinstance(t, Shard) for column in wanted for layout in column for t in layout)
+    types = (t for column in wanted for layout in column for t in layout)
+    return any(isinstance(t, Shard) and can_rest((t,)) for t in types)
 
 
 def _spread(v: Value, grid: Grid) -> Layout:

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from autotp.check import compare, prepare
+from autotp.errors import CaptureError
 from autotp.grid import as_grid
 from autotp.passes.capture import capture
 from tests.random_plans import random_plan
@@ -72,3 +73,50 @@ def test_what_has_a_rule_stays_whole():
 def test_what_looks_at_values_stays_whole():
     found = captured(lambda x: torch.linalg.solve(x, x), torch.randn(3, 3))
     assert "aten.linalg_solve.default" in found
+
+
+def transposed(x):
+    return x.t().as_strided((2, 3, 4), (12, 4, 1)).sin()
+
+
+def put_in_place(x):
+    y = x.clone()
+    y.as_strided((4, 2), (6, 3)).copy_(x[:, :2] * 2)
+    return y.sin()
+
+
+@pytest.mark.parametrize(
+    "function",
+    (lambda x: x.as_strided((3, 4), (2, 1), 3).sin(), transposed, put_in_place),
+    ids=("windows", "transposed", "written"),
+)
+def test_what_reads_memory_by_strides_looks_up_what_lies_there(function):
+    x = torch.randn(4, 6, dtype=torch.float64)
+    subject = prepare(Call(function).double(), (x,), {})
+    for seed, grid in enumerate(((2,), (2, 2), (3,))):
+        report = compare(subject, random_plan(subject, as_grid(grid), seed))
+        assert report.ok, report
+
+
+def test_memory_beyond_the_operand_is_refused():
+    with pytest.raises(CaptureError, match="as_strided reads memory beyond"):
+        captured(lambda x: x[:, 1:].as_strided((2, 2), (1, 1)), torch.randn(4, 6))
+
+
+@pytest.mark.parametrize("view", (True, False))
+def test_dropout_in_place_stays_dropout(view):
+    def drop(x):
+        y = x.exp()
+        return F.dropout(y.flatten() if view else y, 0.5, inplace=True)
+
+    assert "aten.dropout.default" in captured(drop, torch.randn(4, 6))
+
+
+def test_dropout_in_place_reaches_what_shares_its_memory():
+    def drop(x):
+        y = x.exp()
+        z = y.flatten()
+        F.dropout(z, 0.5, inplace=True)
+        return y
+
+    assert "aten.dropout.default" not in captured(drop, torch.randn(4, 6))
