@@ -60,7 +60,7 @@ def order_in_memory(x: Tensor) -> list[int]:
 
     Raises: CaptureError where the memory holds more than `x`.
     """
-    order = sorted(range(x.ndim), key=lambda d: (-x.stride(d), x.shape[d]))
+    order = sorted(range(x.ndim), key=lambda d: (-x.stride()[d], x.shape[d]))
     there = x.permute(order)
     if x.storage_offset() or not there.is_contiguous():
         raise CaptureError(

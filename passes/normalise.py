@@ -245,7 +245,8 @@ def draw_out_of_place(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.target in DRAWS_IN_PLACE and is_last_reader(node):
             node.target = DRAWS_IN_PLACE[node.target]
-            source(node).replace_all_uses_with(node, delete_user_cb=lambda user, at=node: user > at)
+            for user in [u for u in source(node).users if u > node]:
+                user.replace_input_with(source(node), node)
 
 
 def is_last_reader(node: fx.Node) -> bool:
