@@ -25,6 +25,7 @@ from autotp.errors import RuntimeStateError
 from autotp.grid import Coords, Grid
 from autotp.layouts import Layout, take_shard
 from autotp.numerics import run_checked
+from autotp.passes.hooks import hook_numbers
 from autotp.passes.program import Program
 from autotp.placements import as_dtensor, local_tensor, whole
 from autotp.plan import Plan
@@ -50,8 +51,9 @@ class Compiled:
         return inputs
 
 
-Mode = bytes
-"""One training flag per module: each combination that is called is captured by itself."""
+Mode = tuple[bytes, tuple[int, ...]]
+"""One training flag per module, and the hooks of submodules: each combination that is called is
+captured by itself."""
 COMPARED_CALLS = 3
 """Calls of each mode, its first, whose inputs the ranks compare."""
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -84,8 +86,10 @@ class State:
 
     @property
     def mode(self) -> Mode:
-        """The training flags that the modules have now."""
-        return bytes([module.training for module in self.members])
+        """The training flags that the modules have now, and the hooks within the model."""
+        flags = bytes([module.training for module in self.members])
+        hooks = [n for module in self.members[1:] for n in hook_numbers(module.__dict__)]
+        return flags, tuple(hooks)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> State:
         """Share the ranks and the programs; own what says which modules they read."""

@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from autotp.passes.export import training_flag, without_cache
+from autotp.passes.hooks import without_own_hooks
 from autotp.passes.program import Program
 from autotp.simulate import leaves, placeholder_values, run_backward, sgd_step
 
@@ -49,7 +50,7 @@ def original_step(
     whole.zero_grad(set_to_none=True)
     args, kwargs = fresh_inputs(args, kwargs)
     torch.manual_seed(SEED)
-    with training_flag(whole, program.train), without_cache(whole):
+    with training_flag(whole, program.train), without_own_hooks(whole), without_cache(whole):
         result = whole(*args, **kwargs)
     outputs = [o for o in pytree.tree_leaves(result) if isinstance(o, Tensor)]
     backward = cotangents(outputs)

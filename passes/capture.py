@@ -34,6 +34,7 @@ from autotp.passes.export import (
     training_flag,
     without_cache,
 )
+from autotp.passes.hooks import refuse_hooks, without_own_hooks
 from autotp.passes.names import op_name, plan_names
 from autotp.passes.normalise import (
     carriers,
@@ -72,10 +73,11 @@ def capture(
     Raises: CaptureError, with the line of the model that cannot be captured.
     """
     refuse_shared_memory(model)
+    refuse_hooks(model)
     args, kwargs = distinct_tensors(tuple(args), dict(kwargs))
     signature, dynamic = inspect.signature(model.forward), dynamic or {}
     leaves = name_leaves(signature, args, kwargs)
-    with training_flag(model, train), without_cache(model) as cache_off:
+    with training_flag(model, train), without_own_hooks(model), without_cache(model) as cache_off:
         exported = export_varying(lambda s: export(model, args, kwargs, s), leaves, dynamic)
     seeds = gradient_seeds(exported, model, args, kwargs)
     hold_draws(exported.graph_module)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import re
 import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterator
-from typing import Any, NoReturn
+from typing import Any
 from unittest import mock
 
 import torch
@@ -24,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from autotp.errors import CaptureError
+from autotp.passes.hooks import without_gradient_hooks
 from autotp.passes.normalise import pick_line
 from autotp.passes.regions import marked_regions
 from autotp.passes.statistics import followed
@@ -119,7 +121,7 @@ def export(model: nn.Module, args: Any, kwargs: Any, shapes: Any = None) -> Expo
             stack.enter_context(
                 mock.patch.object(torch.autograd.Function, "apply", classmethod(refuse_function))
             )
-            stack.enter_context(mock.patch.object(Tensor, "register_hook", refuse_hook))
+            stack.enter_context(without_gradient_hooks(current_line))
             stack.enter_context(watched_regions())
             stack.enter_context(marked_regions(current_line))
             stack.enter_context(kept_attributes(model))
@@ -155,15 +157,6 @@ def refuse_function(function: type[Any], *args: Any, **kwargs: Any) -> Any:
         f"{function.__name__} is a custom autograd function: its backward would be lost",
         at=[(current_line(), f"{function.__module__}.{function.__qualname__}")],
         remedy="write its forward in differentiable ops, or make it a torch.library custom op",
-    )
-
-
-def refuse_hook(*_args: Any) -> NoReturn:
-    """Refuse a gradient hook on an activation, which torch.export drops."""
-    raise CaptureError(
-        "a gradient hook is registered in the forward: it would be lost",
-        at=[(current_line(), "register_hook")],
-        remedy="register hooks on parameters, outside of the forward",
     )
 
 
@@ -232,7 +225,9 @@ def watched_regions() -> Iterator[None]:
 
 def current_line() -> str:
     """Return "file.py:line" of the model's code that runs now."""
-    return pick_line([(f.filename, f.lineno or 0) for f in traceback.extract_stack()[:-2]])
+    own = (os.path.dirname(__file__), contextlib.__file__)
+    frames = [f for f in traceback.extract_stack() if not f.filename.startswith(own)]
+    return pick_line([(f.filename, f.lineno or 0) for f in frames])
 
 
 def failure(error: Exception) -> CaptureError:
