@@ -281,10 +281,24 @@ def functionalise(exported: ExportedProgram) -> ExportedProgram:
     }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning, module="copyreg")
-        plain: ExportedProgram = exported.run_decompositions({})
+        try:
+            plain: ExportedProgram = exported.run_decompositions({})
+        except Exception as error:
+            raise not_functional(error) from error
     for node in plain.graph.nodes:
         restore_place(node, lines)
     return plain
+
+
+def not_functional(error: Exception) -> CaptureError:
+    """Return what torch raised as it made a graph functional, with the user's line."""
+    reason = next((s for s in str(error).splitlines() if s.strip()), type(error).__name__)
+    frames = re.findall(r'File "([^"]+)", line (\d+)', str(error))
+    return CaptureError(
+        f"torch cannot write this model without in-place ops: {reason.strip()}",
+        at=[(pick_line([(path, int(n)) for path, n in frames]) or "the model", "where it stops")],
+        remedy="write out of place there, or leave dims out of dynamic",
+    )
 
 
 def needs_functionalising(node: fx.Node) -> bool:

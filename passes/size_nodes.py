@@ -73,16 +73,16 @@ class SizeWriter:
         if expr.is_Integer:
             return int(expr)
         if expr not in self.written:
-            made = self.written[expr] = self._write(expr)
-            example = expr.xreplace({d.symbol: sympy.Integer(d.example) for d in self.dims})
-            made.meta["val"] = size(example, expr) if example.is_Integer else None
+            self.written[expr] = self._write(expr)
         return self.written[expr]
 
     def _write(self, expr: Any) -> fx.Node:
         if expr.is_Symbol:
             found = next(d for d in self.dims if d.symbol == expr)
             read = (self.input_of(found.input), found.dim)
-            return self.graph.create_node("call_method", "size", read, name=found.name)
+            made = self.graph.create_node("call_method", "size", read, name=found.name)
+            made.meta["val"] = size(found.example, expr)
+            return made
         if isinstance(expr, ChunkLength):
             assert self.axis_of is not None, "a captured graph knows no axis"
             whole, axis = expr.args
@@ -96,16 +96,17 @@ class SizeWriter:
         commutes = isinstance(expr, sympy.Add | sympy.Mul)
         ordered = sorted(expr.args, key=lambda a: commutes and bool(a.is_Integer))
         terms = map(self._expression, ordered)
-        made: fx.Node = functools.reduce(self._call(OPERATORS[type(expr)]), terms)
+        function = OPERATORS[type(expr)]
+        made: fx.Node = functools.reduce(functools.partial(self._call, function), terms)
         return made
 
-    def _call(self, function: Callable[..., Any]) -> Callable[[Any, Any], fx.Node]:
-        def call(left: Any, right: Any) -> fx.Node:
-            if function is operator.add and isinstance(right, int) and right < 0:
-                return self.graph.call_function(operator.sub, (left, -right))
-            return self.graph.call_function(function, (left, right))
-
-        return call
+    def _call(self, function: Callable[..., Any], left: Any, right: Any) -> fx.Node:
+        if function is operator.add and isinstance(right, int) and right < 0:
+            function, right = operator.sub, -right
+        made = self.graph.call_function(function, (left, right))
+        values = [n.meta.get("val") if isinstance(n, fx.Node) else n for n in (left, right)]
+        made.meta["val"] = None if None in values else function(*values)
+        return made
 
 
 def write_sizes(graph: fx.Graph, writer: SizeWriter) -> None:

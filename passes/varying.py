@@ -45,13 +45,16 @@ def export_varying(
     if not dynamic:
         return run(None)
     refuse_undeclarable(leaves, dynamic)
-    try:
-        return run(declared(leaves, dynamic, {}))
-    except CaptureError as error:
-        ranges, why = ranges_found(str(error.__cause__)), refusal(str(error.__cause__), dynamic)
-        if why is None or not ranges:
-            raise why or error from error.__cause__
-    return run(declared(leaves, dynamic, ranges))
+    ranges: Ranges = {}
+    while True:
+        try:
+            return run(declared(leaves, dynamic, ranges))
+        except CaptureError as error:
+            said = str(error.__cause__)
+            narrower = {**ranges, **ranges_found(said, ranges)}
+            if narrower == ranges:
+                raise refusal(said, dynamic) or error from error.__cause__
+            ranges = narrower
 
 
 def given_dims(
@@ -141,24 +144,33 @@ def _dim(
     return VaryingDim(label, n.node.expr, placeholder, dim, int(size_of(n)), least, most)
 
 
-def ranges_found(said: str) -> Ranges:
-    """Return the ranges that torch.export suggests, if ranges are all that it suggests."""
+def ranges_found(said: str, before: Ranges) -> Ranges:
+    """Return the ranges that torch.export suggests, if ranges are all that it suggests.
+
+    A guard that leaves out the largest size alone is a range as well.
+    """
     suggested = said.partition("Suggested fixes:")[2].partition("\n\n")[0].split("\n")
     found = [re.fullmatch(r"(\w+) = Dim\('\w+', (.*)\)", s.strip()) for s in suggested if s.strip()]
-    ranges = {}
-    for match in found:
-        if match is None:
-            return {}
-        limits = re.findall(r"(min|max)=(\d+)", match[2])
-        ranges[match[1]] = {end: int(n) for end, n in limits}
-    return ranges
+    ranges = {
+        match[1]: {end: int(n) for end, n in re.findall(r"(min|max)=(\d+)", match[2])}
+        for match in found
+        if match
+    }
+    excluded = re.findall(r"values of (\w+) = .* satisfy the generated guard .* != (\d+)", said)
+    for name, n in excluded:
+        limits = before.get(name, {})
+        if limits.get("max") == int(n):
+            ranges[name] = {**limits, "max": int(n) - 1}
+    return ranges if all(found) else {}
 
 
 def refusal(said: str, dynamic: DynamicInputs) -> CaptureError | None:
     """Return what torch.export says of dims that cannot vary, if that is its error."""
     names = {label for dims in dynamic.values() for label in dims.values()}
-    facts = re.findall(r"^\s*- (?:Not all values of )?(\w+) = (.*)$", said, re.MULTILINE)
-    at = dict.fromkeys((name, fact) for name, fact in facts if name in names)
+    facts = re.findall(r"^\s*- Not all values of (\w+) = .*?\b(\w+ the generated .*)$", said, re.M)
+    facts += re.findall(r"^\s*- .*? (\w+) = .*? because \1 (was inferred .*)$", said, re.M)
+    facts += re.findall(r"^\s*- You marked (\w+) as dynamic but your code (.*?)\. ", said, re.M)
+    at = dict.fromkeys((name, f"torch.export: {fact}") for name, fact in facts if name in names)
     return _cannot_vary(list(at)) if at else None
 
 
@@ -166,5 +178,5 @@ def _cannot_vary(at: list[tuple[str, str]]) -> CaptureError:
     return CaptureError(
         "the model holds dims to a size that dynamic lets vary",
         at=at,
-        remedy="take the size from the input's shape in the model, or leave it out of dynamic",
+        remedy="take the size from x.shape, not len(x) or a number; or leave it out of dynamic",
     )
