@@ -90,11 +90,12 @@ class Dynamic:
                 yield from ((name, self._why(split, name, sizes)) for name in names_in(split.size))
 
     def _why(self, split: DynamicSplit, name: str, sizes: Sizes) -> str:
-        what = "" if split.size == name else f" that makes {split.size}"
-        ranks = self.multiple(name) if split.size == name else math.prod(split.ranks)
-        need = f"a multiple of {ranks}" if split.even else f"enough for each of {ranks} ranks"
+        own = split.size == name
+        ranks = self.multiple(name) if own and split.even else math.prod(split.ranks)
+        need = f"a multiple of {ranks}" if split.even else f"enough for {ranks} ranks"
         near = " or ".join(map(str, self._nearest(name, sizes)))
-        return f"{sizes[name]}, needed is one{what} {need}" + (f": {near}" if near else "")
+        what = "must be" if own else f"{split.size} must be"
+        return f"{sizes[name]}, {what} {need}" + (f": {near}" if near else "")
 
     def _nearest(self, name: str, sizes: Sizes) -> list[int]:
         """Return the nearest size below and above that the plan can run, the others as they are."""

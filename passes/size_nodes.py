@@ -80,9 +80,9 @@ class SizeWriter:
         if expr.is_Symbol:
             found = next(d for d in self.dims if d.symbol == expr)
             read = (self.input_of(found.input), found.dim)
-            made = self.graph.create_node("call_method", "size", read, name=found.name)
-            made.meta["val"] = size(found.example, expr)
-            return made
+            node = self.graph.create_node("call_method", "size", read, name=found.name)
+            node.meta["val"] = size(found.example, expr)
+            return node
         if isinstance(expr, ChunkLength):
             assert self.axis_of is not None, "a captured graph knows no axis"
             whole, axis = expr.args
