@@ -62,8 +62,9 @@ class Axis(ABC):
         self._whole_bytes: dict[str, int] = {}
         self._calls: dict[str, int] = {}
 
-    def _count(self, kind: str, size_bytes: int) -> None:
+    def _count(self, kind: str, x: Tensor, times: int = 1, counted: int | None = None) -> None:
         if not torch.compiler.is_compiling():
+            size_bytes = x.nbytes * times if counted is None else counted
             self._whole_bytes[kind] = self._whole_bytes.get(kind, 0) + size_bytes
             self._calls[kind] = self._calls.get(kind, 0) + 1
 
@@ -71,17 +72,17 @@ class Axis(ABC):
 
     def all_gather(self, x: Tensor) -> Tensor:
         """Return the wire of every rank's `x`, which must have one shape on all of them."""
-        self._count("all_gather", x.nbytes * self.size)
+        self._count("all_gather", x, self.size)
         return self._all_gather(x.contiguous())
 
     def reduce_scatter(self, wire: Tensor) -> Tensor:
         """Return the sum over ranks of the block that is addressed to this one."""
-        self._count("reduce_scatter", wire.nbytes)
+        self._count("reduce_scatter", wire)
         return self._reduce_scatter(wire.contiguous())
 
     def all_reduce(self, x: Tensor, op: str = "sum") -> Tensor:
         """Return the sum (or `max`) of every rank's `x`, as a new tensor."""
-        self._count("all_reduce", x.nbytes)
+        self._count("all_reduce", x)
         return self._all_reduce(x.contiguous(), op)
 
     def all_to_all(
@@ -96,7 +97,7 @@ class Axis(ABC):
         Without the numbers of rows, `x` is a wire. The bytes counted are those of an even exchange
         of `x`, or of as many bytes as are given: where data says how many rows go where.
         """
-        self._count("all_to_all", x.nbytes if counted is None else counted)
+        self._count("all_to_all", x, counted=counted)
         even = [x.shape[0] // self.size] * self.size
         return self._all_to_all(x.contiguous(), list(send or even), list(receive or even))
 
@@ -105,7 +106,7 @@ class Axis(ABC):
 
         All ranks must bring one shape. An all-to-all in which all but one message are empty.
         """
-        self._count("permute", x.nbytes)
+        self._count("permute", x)
         rows = x.numel()
         send, receive = [0] * self.size, [0] * self.size
         send[(self.index + by) % self.size] = receive[(self.index - by) % self.size] = rows
