@@ -28,6 +28,7 @@ from autotp.cost_model.collectives import sent_bytes
 from autotp.errors import RuntimeStateError
 from autotp.grid import Grid
 from autotp.layouts import MOVES, I, P, R, Shard, is_valid, kind, move_of
+from autotp.routing import exchange
 from tests.runtime.shards import check, run_pieces
 
 LINE, SQUARE = Grid(("col",), (3,)), Grid(("row", "col"), (2, 2))
@@ -237,6 +238,11 @@ def run_cases(axes):
         (y * torch.arange(y.numel()).reshape(y.shape)).abs().sum().backward()
         out += [y.detach(), x.grad]
     out.append(axes["row"].permute(torch.arange(5.0) + here[0]))
+    source, target = torch.tensor([0, 3, 3, 1, 0, 2, 0]), torch.tensor([1, 3, 1, 0, 1, 0, 1])
+    rows = torch.arange(14.0).reshape(7, 2)[source == 2 * here[0] + here[1]].requires_grad_()
+    got = exchange(rows, source, target, (axes["row"], axes["col"]), 3)
+    got.square().sum().backward()
+    out += [got.detach(), rows.grad]
     return out, {n: (a.sent, a.calls) for n, a in axes.items()}
 
 
