@@ -1,8 +1,8 @@
 """Run torch.export on an unmodified model and leave the model as it was.
 
 `export` refuses by name what torch.export would drop in silence: the backward of custom autograd
-functions, gradient hooks within a forward, and no_grad within autocast. Its failures are one line
-with the user's own file and line.
+functions (see `functions`), gradient hooks within a forward, and no_grad within autocast. Its
+failures are one line with the user's own file and line.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from autotp.errors import CaptureError
+from autotp.passes.functions import captured_functions
 from autotp.passes.hooks import without_gradient_hooks
 from autotp.passes.normalise import pick_line
 from autotp.passes.regions import marked_regions
@@ -118,9 +119,7 @@ def export(model: nn.Module, args: Any, kwargs: Any, shapes: Any = None) -> Expo
             stack.enter_context(torch.enable_grad())
             stack.enter_context(without_fast_path())
             stack.enter_context(followed())
-            stack.enter_context(
-                mock.patch.object(torch.autograd.Function, "apply", classmethod(refuse_function))
-            )
+            stack.enter_context(captured_functions(current_line))
             stack.enter_context(without_gradient_hooks(current_line))
             stack.enter_context(watched_regions())
             stack.enter_context(marked_regions(current_line))
@@ -141,23 +140,6 @@ def without_fast_path() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
-
-
-_APPLY = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
-
-
-def refuse_function(function: type[Any], *args: Any, **kwargs: Any) -> Any:
-    """Refuse a custom autograd function, of which torch.export keeps the forward only.
-
-    That of a torch.library op stays: its op is one node, which finds its backward again.
-    """
-    if function.__module__ == "torch._library.autograd":
-        return _APPLY(function, *args, **kwargs)
-    raise CaptureError(
-        f"{function.__name__} is a custom autograd function: its backward would be lost",
-        at=[(current_line(), f"{function.__module__}.{function.__qualname__}")],
-        remedy="write its forward in differentiable ops, or make it a torch.library custom op",
-    )
 
 
 @contextlib.contextmanager

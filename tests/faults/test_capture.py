@@ -103,33 +103,31 @@ def test_masked():
     plan(Masked())
 
 
-class Square(torch.autograd.Function):
+class Reverse(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x * x
+        return x.clone()
 
     @staticmethod
     def backward(ctx, g):
-        (x,) = ctx.saved_tensors
-        return 2 * g * x
+        return -g
 
 
-class Squared(Linear):
+class Reversed(Linear):
     def forward(self, x):
-        return Square.apply(self.fc(x))
+        return Reverse.apply(self.fc(x))
 
 
 @fault(
-    "A custom autograd function",
+    "A custom autograd function whose backward is not that of its forward",
     """
-    CaptureError: Square is a custom autograd function: its backward would be lost
-      at      test_capture.py:...   tests.faults.test_capture.Square
+    CaptureError: Reverse is a custom autograd function: its backward would be lost
+      at      test_capture.py:...   tests.faults.test_capture.Reverse
       remedy  write its forward in differentiable ops, or make it a torch.library custom op
     """,
 )
 def test_function():
-    plan(Squared())
+    plan(Reversed())
 
 
 class Caller(Linear):

@@ -46,7 +46,9 @@ def spans() -> dict[str, torch.Tensor]:
 
 def choices() -> Built:
     inputs = dict(input_ids=torch.randint(2, VOCAB, (BATCH, 3, SEQ)))
-    return model("bert", "MultipleChoice"), inputs | dict(labels=torch.randint(3, (BATCH,)))
+    return model("bert", "MultipleChoice", initializer_range=0.3), inputs | dict(
+        labels=torch.randint(3, (BATCH,))
+    )
 
 
 DISENTANGLED = dict(
