@@ -74,7 +74,7 @@ class Functions:
 
     calls: dict[str, Call] = field(default_factory=dict)
 
-    def apply(self, function: type[Function], args: Sequence[Any], line: str) -> Any:
+    def apply(self, function: type[Function], args: tuple[Any, ...], line: str) -> Any:
         """Note a call and return what its forward gives, differentiable by autograd."""
         if not all(isinstance(a, Tensor | int | float | str | tuple | None) for a in args):
             raise refusal([(function, args, line)])
@@ -145,7 +145,8 @@ def step(
     with torch.enable_grad():
         outputs = pytree.tree_leaves(run(function, *given))
         made = [y for y in outputs if isinstance(y, Tensor)]
-        loss = sum((y * torch.linspace(-1, 1, y.numel()).reshape(y.shape)).sum() for y in made)
+        terms = [(y * torch.linspace(-1, 1, y.numel()).reshape(y.shape)).sum() for y in made]
+        loss = torch.stack(terms).sum()
         grads = torch.autograd.grad(loss, leaves, allow_unused=True) if leaves else ()
     yield from (y.detach() for y in made)
     for leaf, grad in zip(leaves, grads, strict=True):
