@@ -29,6 +29,7 @@ from autotp.recompute import run_region
 
 REGION = "region"
 """The key of a node's meta under which the region it lies in stands."""
+CALLS = ("call_function", "call_method")
 
 WITHOUT_REENTRANT = "_checkpoint_without_reentrant_generator"
 """What torch.utils.checkpoint runs around a function whose backward is not reentrant."""
@@ -132,16 +133,20 @@ def read_regions(graph: fx.Graph) -> None:
             node.meta[REGION] = region
 
 
+def members_of(calls: Sequence[fx.Node]) -> dict[Any, Sequence[fx.Node]]:
+    """Return region -> its nodes, with the sizes and blanks that were put in between them."""
+    marked = [(k, n.meta[REGION]) for k, n in enumerate(calls) if REGION in n.meta]
+    last = {region: k for k, region in marked}
+    first = {region: k for k, region in reversed(marked)}
+    return {r: calls[first[r] : last[r] + 1] for r in sorted(first, key=first.__getitem__)}
+
+
 def name_regions(graph: fx.Graph, mutations: Mapping[str, str]) -> dict[str, str]:
     """Return node -> name of its region; `mutations` are the nodes that buffers are written from.
 
     Raises: CaptureError for a region that writes buffers: the original writes them twice.
     """
-    calls = [node for node in graph.nodes if node.op == "call_function"]
-    marked = [(k, n.meta[REGION]) for k, n in enumerate(calls) if REGION in n.meta]
-    last = {region: k for k, region in marked}
-    first = {region: k for k, region in reversed(marked)}
-    members = {r: calls[first[r] : last[r] + 1] for r in first}  # with what was put in between
+    members = members_of([node for node in graph.nodes if node.op in CALLS])
     names: dict[int, str] = {}
     for region, nodes in members.items():
         path = shared_path([module_path(node) for node in nodes]) or "region"
@@ -173,7 +178,7 @@ def shared_path(paths: Sequence[str]) -> str:
 def note_region(graph: fx.Graph, last: fx.Node | None, region: str) -> None:
     """Note the region of what was emitted after `last`; attributes are read before all ops."""
     for made in itertools.takewhile(lambda made: made is not last, reversed(graph.nodes)):
-        if made.op == "call_function":
+        if made.op in CALLS:
             made.meta[REGION] = region
 
 
@@ -186,7 +191,9 @@ def fold_regions(module: fx.GraphModule) -> fx.GraphModule:
         return module
     graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
     root = {n.target: getattr(module, n.target) for n in module.graph.find_nodes(op="get_attr")}
-    for region, group in itertools.groupby(list(module.graph.nodes), lambda n: n.meta.get(REGION)):
+    members = members_of([n for n in module.graph.nodes if n.op in CALLS])
+    regions = {node: region for region, nodes in members.items() for node in nodes}
+    for region, group in itertools.groupby(list(module.graph.nodes), regions.get):
         if region is None:
             for node in group:
                 env[node] = graph.node_copy(node, env.__getitem__)

@@ -79,6 +79,18 @@ def test_regions_compute_what_the_model_computes_under_random_plans(call):
         assert report.ok, report
 
 
+def test_a_region_has_sizes_that_vary():
+    torch.manual_seed(0)
+
+    def call(block, x):
+        return checkpoint(lambda x: block(x).flatten(0, 1), x, use_reentrant=False).view(x.shape)
+
+    report = autotp.check(
+        Blocks(call).eval(), (1, 2), (torch.randn(4, 6, WIDTH),), dynamic={"x": {0: "batch"}}
+    )
+    assert report.ok, report
+
+
 def saved_bytes(execute):
     """Return a way to execute a program that counts, by rank, what autograd keeps."""
     counts = Counter()
