@@ -3,6 +3,7 @@
     exchange          rows to the ranks that want them; who wants which is known on all ranks
     split_index       `table[indices]` with the looked-up dim split: foreign rows are zero, the
                       result is a partial sum; with the indices split too, their owners send them
+    split_index_add   rows added to a split table: sent to the owners, who add them
     grouped_mm        products of consecutive groups of rows with one matrix each: rows, experts
                       or both split; with both, every row visits its expert's rank and comes back
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -134,27 +136,94 @@ def split_index(
     return found.movedim(tuple(range(index.ndim)), tuple(range(dim, dim + index.ndim)))
 
 
-def _fetched(
-    rows: Tensor, index: Tensor, split_v: Axes, size_v: int, split_i: Axes, size_i: int
+def split_index_select(
+    table: Tensor,
+    dim: int,
+    index: Tensor,
+    *,
+    split_v: Axes,
+    size_v: int,
+    split_k: Axes = (),
+    size_k: int = 0,
 ) -> Tensor:
-    """Return the rows that this rank's indices name, zero where another group has them."""
+    """Do what `split_index` does for one dim by number."""
+    indices = [None] * (dim % table.ndim) + [index]
+    sizes = {"size_v": size_v, "size_i0": size_k}
+    return split_index(table, indices, split_v=split_v, split_i0=split_k, **sizes)
+
+
+def split_index_add(
+    table: Tensor,
+    dim: int,
+    index: Tensor,
+    source: Tensor,
+    alpha: float = 1,
+    *,
+    split_v: Axes,
+    size_v: int,
+    split_k: Axes = (),
+    size_k: int = 0,
+) -> Tensor:
+    """Add rows to those of a table that the index names: their owners get them, and add them."""
+    routes = _routes(index, split_v, size_v, split_k, size_k or len(index))
+    given = source.movedim(dim, 0)[routes.place[routes.asker == routes.me]]
+    got = exchange(given, routes.asker, routes.owner, routes.shared, routes.largest)
+    rows = routes.row[routes.owner == routes.me]
+    return table.index_add(dim, rows, got.movedim(0, dim), alpha=alpha)
+
+
+@dataclass(frozen=True, slots=True)
+class _Routes:
+    """Every index that a rank of `shared` has for a row of this group: who asks, and who owns it.
+
+    place   where it stands in its asker's index, flat
+    row     the row in its owner's chunk, right where this rank is the owner
+    """
+
+    asker: Tensor
+    owner: Tensor
+    place: Tensor
+    row: Tensor
+    me: int
+    shared: Axes
+    largest: int
+
+
+def _routes(index: Tensor, split_v: Axes, size_v: int, split_i: Axes, size_i: int) -> _Routes:
+    """Return who needs which rows, known to all ranks that share both splits."""
     shared = _common(split_v, split_i)
-    ranges = _peer_ranges(size_i, split_i, shared)
-    most = _longest(size_i, split_i)
+    ranges, most = _peer_ranges(size_i, split_i, shared), _longest(size_i, split_i)
     width, low = math.prod(index.shape[1:]), my_range(size_v, split_v)[0]
+    counts = [(b - a) * width for a, b in ranges]
     wanted = _gathered(index, shared, most, ranges).reshape(-1)
     places = owner_places(wanted, size_v, split_v)
     here = owned(wanted, (0, size_v), size_v)
     for axis, place in zip(split_v, places, strict=True):
         here = here if axis in shared else here & (place == axis.index)
-    target = _repeated([(b - a) * width for a, b in ranges], wanted.device)[here]
     owner = [p for a, p in zip(split_v, places, strict=True) if a in shared]
-    source, me = _rank(owner, shared)[here], _rank([a.index for a in shared], shared)
-    given = rows[wanted[here][source == me] - low]
-    got = exchange(given, source, target, shared, most * width)
-    own = here[_repeated([(b - a) * width for a, b in ranges], wanted.device) == me]
+    asker = _repeated(counts, wanted.device)
+    place = torch.cat([torch.arange(n, device=wanted.device) for n in counts])
+    return _Routes(
+        asker=asker[here],
+        owner=(_rank(owner, shared) if shared else asker)[here],
+        place=place[here],
+        row=wanted[here] - low,
+        me=_rank([a.index for a in shared], shared),
+        shared=shared,
+        largest=most * width,
+    )
+
+
+def _fetched(
+    rows: Tensor, index: Tensor, split_v: Axes, size_v: int, split_i: Axes, size_i: int
+) -> Tensor:
+    """Return the rows that this rank's indices name, zero where another group has them."""
+    routes = _routes(index, split_v, size_v, split_i, size_i)
+    given = rows[routes.row[routes.owner == routes.me]]
+    got = exchange(given, routes.owner, routes.asker, routes.shared, routes.largest)
     found = got.new_zeros(index.numel(), *rows.shape[1:])
-    return found.index_copy(0, own.nonzero().flatten(), got).reshape(*index.shape, *rows.shape[1:])
+    found = found.index_copy(0, routes.place[routes.asker == routes.me], got)
+    return found.reshape(*index.shape, *rows.shape[1:])
 
 
 def _longest(size: int, axes: Axes) -> int:

@@ -60,13 +60,13 @@ def alike(call: Call, count: int, name: str) -> list[str]:
 
 
 def select(call: Call) -> str:
-    """The looked up dim is whole, its indices may split."""
-    return f"{named(call, '[v]')}, k -> {named(call, 'k')}"
+    """The looked up dim and its indices may split."""
+    return f"{named(call, 'v')}, k -> {named(call, 'k')}"
 
 
 def add(call: Call) -> str:
-    """The written dim is whole; what is added may be split: it adds up."""
-    return f"+{named(call, '[v]')}, k, {named(call, 'k')} -> {named(call, '[v]')}"
+    """The written dim may split; so may what is added: it adds up."""
+    return f"+{named(call, 'v')}, k, {named(call, 'k')} -> {named(call, 'v')}"
 
 
 def named(call: Call, name: str) -> str:
@@ -182,19 +182,22 @@ def ordered(call: Call) -> str:
     return f"{' '.join(left)} -> {', '.join(' '.join(right) for _ in call.results)}"
 
 
-def fetched_traffic(call: Call, ranks: Ranks) -> list[Message]:
-    """Indices are gathered, rows come from their owners, and their gradients go back."""
-    sizes, made = ranks.get("v i0", ()), call.results[0]
-    (indices,) = (t for t in call.operands[1:] if t)
-    asked = math.prod(indices.shape) * indices.dtype.itemsize
-    rows = math.prod(made.shape) * made.dtype.itemsize
+def moved_traffic(call: Call, ranks: Ranks) -> list[Message]:
+    """Indices are gathered, rows go from or to their owners, and their gradients back."""
+    both = next((names for names in ("v i0", "v k") if names in ranks), None)
+    if both is None:
+        return []
+    _table, *given = (t for t in call.operands if t)
+    rows = given[1] if len(given) > 1 else call.results[0]
+    asked, moved = (math.prod(t.shape) * t.dtype.itemsize for t in (given[0], rows))
+    sizes = ranks[both]
     return [
         *(
-            Message("v i0", asked * math.prod(sizes[k:]), kind="all_gather", level=k)
+            Message(both, asked * math.prod(sizes[k:]), kind="all_gather", level=k)
             for k in range(len(sizes))
         ),
-        Message("v i0", rows, kind="all_to_all"),
-        Message("v i0", rows, backward=True, kind="all_to_all"),
+        Message(both, moved, kind="all_to_all"),
+        Message(both, moved, backward=True, kind="all_to_all"),
     ]
 
 
@@ -224,15 +227,31 @@ rule(
     saves=(1,),
     split={"v": "P", "v i0": "S"},
     program=routing.split_index,
-    traffic=fetched_traffic,
+    traffic=moved_traffic,
 )
-rule(aten.index_add.default, add, linear=(0, 2), saves=(1,))
+rule(
+    aten.index_add.default,
+    add,
+    linear=(0, 2),
+    saves=(1,),
+    split={"v": "S", "v k": "S"},
+    program=routing.split_index_add,
+    traffic=moved_traffic,
+)
 rule(aten.index_copy.default, copied, linear=(0, 2), saves=(1,))
 rule(aten.index_fill.int_Scalar, copied, saves=(1,))
 rule(aten.index_fill.int_Tensor, copied, linear=(0, 2), saves=(1,))
 rule(aten.index_put.default, put)
 rule(aten.index_reduce.default, copied)
-rule(aten.index_select.default, select, linear=(0,), saves=(1,))
+rule(
+    aten.index_select.default,
+    select,
+    linear=(0,),
+    saves=(1,),
+    split={"v": "P", "v k": "S"},
+    program=routing.split_index_select,
+    traffic=moved_traffic,
+)
 rule(aten.masked_scatter.default, whole)
 rule(aten.scatter.src, scatter, linear=(0, 2), saves=(1,))
 rule(aten.scatter.value, scatter, saves=(1,))

@@ -28,7 +28,7 @@ def test_many_generated_calls_prove_the_rule(name):
 
 
 def test_every_row_has_a_generator():
-    assert {rule.op for rule in rows()} <= set(FIXED)
+    assert {rule.op for rule in rows()} <= {find(op).op for op in FIXED if find(op)}
 
 
 def test_factors_that_may_split_take_other_sizes():
