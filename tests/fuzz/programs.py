@@ -134,7 +134,9 @@ def shrink(failure, tries=4, budget_s=120):
         smaller = (
             found
             for program, grid in reductions(failure.case)
-            if time.process_time() < until and (found := fails_alike(failure, program, grid, tries))
+            if time.process_time() < until
+            and extent(program, grid) < extent(failure.case.program, failure.case.grid)
+            and (found := fails_alike(failure, program, grid, tries))
         )
         following = next(smaller, None)
         if following is None:
