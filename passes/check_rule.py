@@ -238,6 +238,8 @@ def _prove(example: Example, strategy: Strategy, grid: Grid) -> None:
     problems: list[Mismatch] = []
     close = _is_close if example.is_precise else _is_roughly_close
     for k, (v, layout) in enumerate(results.items()):
+        if P in layout and example.results[v].dtype is torch.bool:
+            problems.append((f"result {k}", "a bool is no term of a sum"))
         problems += _mismatches(f"result {k}", made[v], example.results[v], layout, grid, close)
     for k, (v, layout) in enumerate(operands.items()):
         if v in example.gradients:

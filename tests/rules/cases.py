@@ -95,6 +95,7 @@ FAMILIES = {
         (aten.conv2d.default, x(4, 3, 6, 6), x(6, 3, 2, 2)),
         (aten.conv2d.default, x(4, 6, 4, 4), x(6, 2, 2, 2), None, [1, 1], [0, 0], [1, 1], 3),
         (aten.conv3d.default, x(2, 3, 3, 3, 3), x(4, 3, 2, 2, 2), x(4)),
+        (aten.conv3d.default, x(2, 4, 2, 2, 2), x(4, 2, 2, 2, 2), x(4), *STEP3, 2),
         (aten.conv_transpose1d.default, x(4, 6, 5), x(6, 8, 3), x(8), [2]),
         (aten.conv_transpose1d.default, x(4, 6, 5), x(6, 2, 3), x(4), [1], [0], [0], 2),
         (aten.conv_transpose1d.default, x(6, 5), x(6, 8, 3)),
@@ -102,6 +103,7 @@ FAMILIES = {
         (aten.conv1d.default, x(4, 6, 7), x(12, 1, 3), x(12), [1], [1], [1], 6),
         (aten.conv1d.default, x(5, 7, 4), x(7, 1, 2), None, [1], [0], [1], 7),
         (aten.conv1d.padding, x(4, 6, 7), x(8, 6, 3), x(8), [1], "same"),
+        (aten.conv1d.padding, x(4, 6, 7), x(6, 1, 3), x(6), [1], "same", [1], 6),
         (aten.conv2d.default, x(4, 12, 4, 4), x(8, 3, 2, 2), x(8), [1, 1], [0, 0], [1, 1], 4),
         (aten.conv2d.default, x(2, 8, 4, 4), x(2, 4, 2, 2), x(2), [1, 1], [0, 0], [1, 1], 2),
         (aten.conv2d.padding, x(4, 6, 5, 5), x(6, 2, 2, 3), None, [1, 1], "valid", [1, 1], 3),
@@ -109,6 +111,7 @@ FAMILIES = {
         (aten.conv_transpose1d.default, x(4, 6, 5), x(6, 1, 3), x(6), [2], [0], [0], 6),
         (aten.conv_transpose2d.input, x(4, 8, 3, 3), x(8, 3, 2, 2), x(12), [2], [0], [0], 4),
         (aten.conv_transpose3d.input, x(2, 4, 2, 2, 2), x(4, 6, 2, 2, 2), x(6), [2] * 3),
+        (aten.conv_transpose3d.input, x(2, 4, 2, 2, 2), x(4, 3, 2, 2, 2), x(6), *UP3, 2),
     ],
     "creation": lambda: [
         (aten.full_like.default, x(4, 6), 3.0),
@@ -268,6 +271,7 @@ FAMILIES = {
         (aten.cosine_embedding_loss.default, x(6), x(6), SIGNS[0]),
         (aten.hinge_embedding_loss.default, x(4, 6), c(4, 6).sign()),
         (aten.margin_ranking_loss.default, x(4, 6), x(4, 6), c(4, 6).sign(), 0.1, 2),
+        (aten.margin_ranking_loss.default, x(4, 6), x(4, 6), c(4, 6).sign(), 0.1),
         (aten.multi_margin_loss.default, x(4, 6), ints(6, 4), 1, 1.0, c(6).abs()),
         (aten.multi_margin_loss.default, x(4, 6), ints(6, 4), 1, 1.0, None, 0),
         (aten.multi_margin_loss.default, x(6), ints(6, 1)),
@@ -424,6 +428,7 @@ FAMILIES = {
         (aten.nanmedian.default, x(4, 6)),
         (aten.nanmedian.dim, x(4, 6), 0, True),
         (aten.nansum.default, x(4, 6), [1]),
+        (aten.nansum.default, c(4, 6).masked_fill(c(4, 6) > 0.5, float("nan")), [1]),
         (aten.norm.Scalar, x(4, 6)),
         (aten.pairwise_distance.default, x(4, 6), x(4, 6)),
         (aten.pairwise_distance.default, x(4, 3, 6), x(3, 6), 2.0, 1e-6, True),
@@ -572,6 +577,8 @@ FAMILIES = {
     ],
 }  # fmt: skip
 
+STEP3 = [1] * 3, [0] * 3, [1] * 3
+UP3 = [2] * 3, [0] * 3, [0] * 3
 BAGS = torch.tensor([0, 3, 4])
 BAGGED = [False, None, False, None]
 BATCHES = [x(4, 6, 5), x(6), x(6)]
