@@ -158,7 +158,7 @@ class ParallelModule(nn.Module):
         inputs = _flat_inputs(state, compiled, mode, args, kwargs)
         rng = compiled.graph_module.meta["rng"]
         if rng is not None and rng.exact:
-            refuse_unequal_generators(state.axes.values(), [torch.device(state.mesh.device_type)])
+            refuse_unequal_generators(state.axes.values(), {"cpu", state.mesh.device_type})
         elif rng is not None:
             rng.step_seed = agreed_step_seed(state.axes.values())
         return compiled, [*_arguments(state, program, inputs)]

@@ -87,9 +87,9 @@ def draw_step_seed() -> int:
     return int(torch.randint(2**_SEED_BITS - 1, ()).item())
 
 
-def refuse_unequal_generators(axes: Iterable[Axis], devices: Iterable[torch.device]) -> None:
+def refuse_unequal_generators(axes: Iterable[Axis], devices: Iterable[str]) -> None:
     """Raise RuntimeStateError unless torch's default generators stand alike on all ranks."""
-    states = [_default_generator(d).get_state() for d in devices]
+    states = [_default_generator(torch.device(d)).get_state() for d in sorted(devices)]
     text = hashlib.sha256(b"".join(s.numpy().tobytes() for s in states)).digest()
     mine = torch.tensor(int.from_bytes(text[:7], "big"))
     for axis in axes:

@@ -208,6 +208,12 @@ def constants_of(exported: ExportedProgram, model: nn.Module) -> dict[str, Tenso
         for name, value in found.items()
         if not isinstance(value, Tensor) or address(value) in hidden
     ]
+    if any(kind == "Generator" for _, kind in bad):
+        raise CaptureError(
+            "the model draws from a generator of its own",
+            at=[("forward", f"reads {name}, a {kind}") for name, kind in bad],
+            remedy="draw from torch's default generator, which torch.manual_seed seeds",
+        )
     if bad:
         raise CaptureError(
             "the model reads parameters or objects that are not registered",

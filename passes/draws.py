@@ -3,6 +3,7 @@
     draws          whether a node draws when it runs
     hold_draws     give every draw a reader, so that no pass drops one that nobody reads
     release_draws  take those readers away
+    without_seeding    refuse a forward that sets the generator's state
     free_draws     let a draw whose numbers do not depend on what it reads read a blank of the shape
 
 Each draw moves torch's default generator on: one that is lost would shift all that follow it. The
@@ -12,11 +13,18 @@ order in memory of what is read decides which number falls where: a blank has th
 from __future__ import annotations
 
 import operator
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
+
+from autotp.errors import CaptureError
 
 aten = torch.ops.aten
 
@@ -58,6 +66,39 @@ def draws(node: fx.Node) -> bool:
 def is_needed(node: fx.Node) -> bool:
     """Say whether dead code elimination must leave `node` where it is."""
     return node.op in ("placeholder", "output") or draws(node)
+
+
+SEEDING = (
+    (torch, "manual_seed"), (torch, "seed"), (torch, "set_rng_state"),
+    (torch.random, "fork_rng"), (torch.random, "manual_seed"), (torch.random, "set_rng_state"),
+)  # fmt: skip
+"""What moves torch's default generator and leaves no node in a graph."""
+
+
+@contextmanager
+def without_seeding(line: Callable[[], str]) -> Iterator[None]:
+    """Refuse a forward that seeds torch's default generator; torch itself may.
+
+    `line` says where the user's code is.
+    """
+
+    def refuse(name: str, seed: Callable[..., Any]) -> Callable[..., Any]:
+        def refusing(*args: Any, **kwargs: Any) -> Any:
+            if f"{os.sep}torch{os.sep}" in sys._getframe(1).f_code.co_filename:
+                return seed(*args, **kwargs)
+            raise CaptureError(
+                "the forward sets the state of torch's random generator: it would be lost",
+                at=[(line(), name)],
+                remedy="seed before the model is called",
+            )
+
+        return refusing
+
+    with ExitStack() as stack:
+        for module, name in SEEDING:
+            seed = getattr(module, name)
+            stack.enter_context(mock.patch.object(module, name, refuse(name, seed)))
+        yield
 
 
 def hold_draws(root: fx.GraphModule) -> None:

@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from autotp.errors import CaptureError
+from autotp.passes.draws import without_seeding
 from autotp.passes.functions import captured_functions
 from autotp.passes.hooks import without_gradient_hooks
 from autotp.passes.normalise import pick_line
@@ -121,6 +122,7 @@ def export(model: nn.Module, args: Any, kwargs: Any, shapes: Any = None) -> Expo
             stack.enter_context(followed())
             stack.enter_context(captured_functions(current_line))
             stack.enter_context(without_gradient_hooks(current_line))
+            stack.enter_context(without_seeding(current_line))
             stack.enter_context(watched_regions())
             stack.enter_context(marked_regions(current_line))
             stack.enter_context(kept_attributes(model))

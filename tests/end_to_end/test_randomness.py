@@ -11,9 +11,10 @@ from torch.nn import functional as F
 import autotp
 from autotp.axis import run_ranks
 from autotp.check import compare, prepare
-from autotp.errors import AutotpError, RuntimeStateError
+from autotp.errors import AutotpError, CaptureError, RuntimeStateError
 from autotp.grid import as_grid
 from autotp.layouts import Shard
+from autotp.passes.capture import capture
 from autotp.passes.codegen import emit
 from autotp.reference import SEED
 from autotp.simulate import local_params, placeholder_values
@@ -85,11 +86,17 @@ def transformer():
     return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), (torch.randn(4, 5, WIDTH),)
 
 
+def encoder_decoder():
+    model = nn.Transformer(WIDTH, 3, 1, 1, 16, dropout=0.3, batch_first=True)
+    return model, (torch.randn(4, 5, WIDTH), torch.randn(4, 3, WIDTH))
+
+
 MODELS = {
     "gpt2": lambda: models.gpt2(dropout=0.3),
     "gpt2 eager": lambda: models.gpt2("eager", dropout=0.3),
     "bert": lambda: models.bert(dropout=0.3),
     "encoder": transformer,
+    "encoder and decoder": encoder_decoder,
     **{f.__name__: lambda f=f: (Drawing(f), (torch.randn(5, 7, WIDTH),)) for f in FORWARDS},
 }
 
@@ -238,6 +245,31 @@ def test_other_seeds_on_other_ranks_are_refused_where_draws_must_agree(grid):
     torch.manual_seed(torch.distributed.get_rank())
     with pytest.raises(RuntimeStateError, match="needs the same random state on every rank"):
         ours(**inputs)
+
+
+def seeding(m, x):
+    torch.manual_seed(0)
+    return (m.a(x) * torch.rand(x.shape[:-1]).unsqueeze(-1)).sum()
+
+
+def forking(m, x):
+    with torch.random.fork_rng():
+        return (m.a(x) * torch.rand(x.shape[:-1]).unsqueeze(-1)).sum()
+
+
+GENERATOR = torch.Generator()
+
+
+def own(m, x):
+    return (m.a(x) * torch.rand(x.shape[:-1], generator=GENERATOR).unsqueeze(-1)).sum()
+
+
+@pytest.mark.parametrize(
+    ("said", "forward"), {"manual_seed": seeding, "fork_rng": forking, "of its own": own}.items()
+)
+def test_what_a_graph_cannot_draw_is_refused(said, forward):
+    with pytest.raises(CaptureError, match=said):
+        capture(Drawing(forward), (torch.randn(5, 7, WIDTH),), {}, train=True)
 
 
 def test_a_mode_that_there_is_not_is_refused():

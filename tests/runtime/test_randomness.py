@@ -11,7 +11,14 @@ from torch.utils.checkpoint import checkpoint
 from autotp.axis import run_ranks
 from autotp.grid import Grid
 from autotp.random_programs import dropout, sdpa_dropout
-from autotp.randomness import RandomState, agreed_step_seed, draw_step_seed, site_seed
+from autotp.randomness import (
+    RandomState,
+    agreed_step_seed,
+    draw_step_seed,
+    drawn_call,
+    site_seed,
+)
+from autotp.recompute import run_region
 
 SQUARE = Grid(("row", "col"), (2, 2))
 
@@ -80,6 +87,29 @@ def test_a_recomputed_forward_draws_the_same_masks():
         x = torch.linspace(0, 1, 2 * 8 * 4).reshape(1, 2, 8, 4).requires_grad_()
         first, second = run(x), run(x)
         (first.sum() + second.square().sum()).backward()
+        grads.append(x.grad)
+    assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("exact", (False, True))
+def test_a_region_draws_again_what_it_drew_though_other_steps_follow(exact):
+    rng = RandomState(exact=exact)
+
+    def region(x):
+        if exact:
+            return (drawn_call(torch.ops.aten.dropout.default, x.sin(), 0.5, True, rng=rng).cos(),)
+        return (dropout(x.sin(), 0.5, True, rng=rng, site=0).cos(),)
+
+    grads = []
+    for run in (region, lambda x: run_region(region, rng, x)):
+        torch.manual_seed(5)
+        x = torch.linspace(0, 1, 40, requires_grad=True)
+        losses = []
+        for rng.step_seed in (1, 2):
+            losses.append(run(x)[0].square().sum())
+        state = torch.get_rng_state()
+        sum(losses).backward()
+        assert torch.equal(torch.get_rng_state(), state)
         grads.append(x.grad)
     assert torch.equal(*grads)
 
