@@ -181,7 +181,7 @@ def load(path: str | Path) -> Plan:
     """Read a plan from a file. Raises PlanError when it is truncated or of another version."""
     try:
         data = json.loads(Path(path).read_text())
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise PlanError(
             f"{path} is not a whole plan file", at=[("file", str(error))], remedy="save it again"
         ) from error

@@ -152,7 +152,7 @@ def refuse_disagreement(what: str, mine: Mapping[str, str], remedy: str) -> None
 def _differences(values: Mapping[str, str], usual: Mapping[str, str], rank: int) -> list[str]:
     names = [n for n in {**usual, **values} if values.get(n) != usual.get(n)]
     facts = [
-        f"{n}: {values.get(n, 'absent')}, rank {rank} {usual.get(n, 'absent')}"
+        f"{n}: {values.get(n, 'absent')}, on rank {rank} {usual.get(n, 'absent')}"
         for n in names[:LISTED]
     ]
     return facts + [f"and {len(names) - LISTED} more"] * (len(names) > LISTED)

@@ -63,12 +63,8 @@ def _head_words(network: Network, factors: Factors) -> Words:
 
 
 def _input_words(program: Program, network: Network, factors: Factors) -> Words:
-    out: dict[Id, str] = {}
-    for value in program.inputs:
-        for d in range(len(network.values[value].shape) if value in network.values else 0):
-            root = factors.atoms.find(factors.of_value[value, d])
-            out.setdefault(root, f"dim {d} of the inputs" if d else "batch")
-    return out
+    read = [v for v in program.inputs if v in network.values and network.values[v].shape]
+    return {factors.atoms.find(factors.of_value[v, 0]): "batch" for v in read}
 
 
 def _listed(places: list[str]) -> str:

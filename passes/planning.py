@@ -119,6 +119,14 @@ def solve_within(
     """
     if limit is None:
         return solve(problem)
+    found = _fitting(problem, limit, read)
+    if found is None:
+        raise _over_budget(limit, _least(problem, read))
+    return found
+
+
+def _fitting(problem: Problem, limit: float, read: Callable[[Solution], Plan]) -> Solution | None:
+    """Return the cheapest solution found whose plan needs at most `limit` bytes."""
     asked, spent_s, bound_s = limit, 0.0, None
     while True:
         try:
@@ -129,12 +137,27 @@ def solve_within(
             return solution
         spent_s += solution.seconds
         bound_s = solution.lower_bound_s if bound_s is None else bound_s
-        memory = read(solution).memory
-        if memory.total <= limit:
+        total = read(solution).memory.total
+        if total <= limit:
             return replace(solution, seconds=spent_s, lower_bound_s=bound_s)
         if solution.method == SMALLEST:
-            raise _over_budget(limit, memory)
-        asked = solution.memory_bytes - (memory.total - limit)
+            return None
+        asked = solution.memory_bytes - (total - limit)
+
+
+ROUNDS = 10
+"""How often a smaller plan is asked for, where none is small enough."""
+
+
+def _least(problem: Problem, read: Callable[[Solution], Plan]) -> Memory:
+    """Return the memory of the smallest plan that can be found."""
+    least = read(smallest(problem)).memory
+    for _ in range(ROUNDS):
+        smaller = _fitting(problem, least.total - 1, read)
+        if smaller is None:
+            break
+        least = read(smaller).memory
+    return least
 
 
 def _over_budget(limit: float, least: Memory) -> BudgetError:
