@@ -22,8 +22,9 @@ from autotp.module import Compiled, ParallelModule, State, compile_mode, make_pa
 from autotp.passes.capture import capture
 from autotp.passes.codegen import emit
 from autotp.passes.factors import Factors, infer_factors
+from autotp.passes.identity import fingerprint, graph_digest, refuse_other_ops
 from autotp.passes.network import Network, read_network, refuse_unruled
-from autotp.passes.planning import fingerprint, graph_digest, refuse_other_ops, search_plan
+from autotp.passes.planning import search_plan
 from autotp.passes.program import Program
 from autotp.passes.regions import fold_regions
 from autotp.passes.varying import given_dims
@@ -42,6 +43,7 @@ from autotp.ranks import (
 from autotp.refusals import refuse_model
 
 Pins = Mapping[str, Mapping[str, str]]
+OPTIONS = ("outputs", "rng", "strict", "check_numerics", "dynamic")
 
 
 def compile_rank(
@@ -138,7 +140,8 @@ def parallelize(
     device_type = device_of(list(model.parameters())).type
     shape = ensure_process_group(grid, device_type)
     chosen = together(lambda: _accepted(model, outputs, rng, cluster, device_type))
-    options = f"{outputs=}, {rng=}, {strict=}, {check_numerics=}, {dynamic=}"
+    given = (outputs, rng, strict, check_numerics, dynamic)
+    options = dict(zip(OPTIONS, map(str, given), strict=True))
     _refuse_other_calls(shape, model, example_inputs, plan, options)
     mesh = grid if isinstance(grid, DeviceMesh) else make_mesh(shape, device_type)
 
@@ -214,7 +217,7 @@ def _refuse_mode(rng: str) -> None:
 
 
 def _refuse_other_calls(
-    grid: Grid, model: nn.Module, example_inputs: Any, plan: Plan | None, options: str
+    grid: Grid, model: nn.Module, example_inputs: Any, plan: Plan | None, options: Mapping[str, str]
 ) -> None:
     """Raise RuntimeStateError unless all ranks call parallelize alike: the same steps follow."""
     call = {
@@ -222,7 +225,7 @@ def _refuse_other_calls(
         "mode": "train" if model.training else "eval",
         "example_inputs": "none" if example_inputs is None else "given",
         "plan": "none" if plan is None else "given",
-        "options": options,
+        **options,
     }
     refuse_disagreement("calls of autotp.parallelize", call, "make the same call on every rank")
 

@@ -113,14 +113,14 @@ class _Watcher(fx.Interpreter):
 
     def _finding(self, node: fx.Node, fact: str, order: int | None = None) -> Finding:
         layout = node.meta.get("layout")
-        held = f" of {layout_text(layout)}" if layout is not None else ""
+        held = f", held as {layout_text(layout)}" if layout is not None else ""
         value = str(node.meta.get("value", "")).partition(".")[0]
         label = self.program.names.get(value, node.name)
         where = self.program.where.get(value, "")
         what = "" if node.op == "placeholder" or node.name == label else f" ({node.name})"
-        given = " is given it" if node.op == "placeholder" else ""
+        given = ", before any op" if node.op == "placeholder" else ""
         place = self.order[node] if order is None else order
-        return Finding(place, label + what, where, f"{fact}{held}{given}")
+        return Finding(place, label + what, where, f"{fact}{given}{held}")
 
 
 def _writes_infinity(node: fx.Node) -> bool:

@@ -58,11 +58,22 @@ def rule(
     overload = _overload(op) if isinstance(op, str) else op
     _refuse_second(overload, replace)
     new = Rule(overload, sentence, linear=linear, flops=flops, saves=saves, free=free)
-    for args, kwargs in [example] if example else list(_examples(overload, sentence)):
-        with warnings.catch_warnings(action="ignore"):  # that the op has no rule, yet
-            check_rule(overload, _differentiable(overload, args, kwargs), kwargs, rule=new)
-    forget(overload)
-    return enter(new)
+    calls = [example] if example else list(_examples(overload, sentence))
+    old = forget(overload)  # while the new one is proved: ops are read by what the table says
+    try:
+        for args, kwargs in calls:
+            _prove(new, args, kwargs)
+        return enter(new)
+    except RuleError:
+        if old is not None:
+            enter(old)
+        raise
+
+
+def _prove(new: Rule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Raise RuleError unless every strategy of a call computes what the op computes."""
+    with warnings.catch_warnings(action="ignore"):  # that the op has no rule, yet
+        check_rule(new.op, _differentiable(new.op, args, kwargs), kwargs, rule=new)
 
 
 def _overload(name: str) -> OpOverload:
@@ -108,7 +119,9 @@ def _examples(op: OpOverload, sentence: str | Callable[[Call], Text]) -> Iterato
     tensors = [a for a in op._schema.arguments if str(a.type) in ("Tensor", "Optional[Tensor]")]
     others = [a for a in op._schema.arguments if a not in tensors and not a.has_default_value()]
     if not isinstance(sentence, str) or others:
-        why = [(a.name, f"is a {a.type}") for a in others] or [("sentence", "is a function")]
+        why = [(a.name, f"has the type {a.type}") for a in others] or [
+            ("sentence", "is a function")
+        ]
         raise RuleError(
             f"the rule of {op} cannot be proved on tensors alone",
             at=why,

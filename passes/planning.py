@@ -6,25 +6,22 @@ holds no fx node, so that it can be saved, sent to other ranks and compared.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
-from torch import fx
-from torch.utils._pytree import tree_leaves
 
 from autotp.cost_model.cluster import Cluster
 from autotp.cost_model.collectives import sent_bytes
 from autotp.cost_model.memory import ADAMW_STATES
-from autotp.errors import BudgetError, PlanError
+from autotp.errors import BudgetError
 from autotp.grid import Grid
 from autotp.layouts import I, Layout
 from autotp.notation import bytes_text, memory_text
 from autotp.passes.explain import RunnersUp
 from autotp.passes.factors import Factors
+from autotp.passes.identity import fingerprint, op_text
 from autotp.passes.moves import Moves, MoveTable
 from autotp.passes.network import Network, Op, Value
 from autotp.passes.notes import notes_of
@@ -46,7 +43,7 @@ from autotp.passes.strategies import Limits, Model, build_model
 from autotp.passes.traffic import internal_traffic
 from autotp.plan import Decision, Memory, Plan, Resting
 from autotp.progress import stage
-from autotp.sizes import examples, shape_of
+from autotp.sizes import examples
 
 
 @dataclass(frozen=True, slots=True)
@@ -358,63 +355,4 @@ def _internal(
     )
 
 
-def fingerprint(program: Program) -> dict[str, str]:
-    """Describe what a plan belongs to: inputs and parameters, with shapes, dtypes and freezing."""
-    values = {n.name: n.meta["val"] for n in program.graph.nodes if n.op == "placeholder"}
-    named = {**{n: f"input {n}" for n in program.inputs}, **program.params}
-    frozen = {name for name in program.params if name not in program.requires_grad}
-    return {
-        name: f"{str(values[node].dtype).removeprefix('torch.')}"
-        f"[{', '.join(map(program.spell, shape_of(values[node])))}]" + " frozen" * (node in frozen)
-        for node, name in named.items()
-    }
-
-
-LISTED_OPS = 6
-"""Ops that an error about another model lists."""
-
-
-def refuse_other_ops(plan: Plan, program: Program, network: Network) -> None:
-    """Raise PlanError if a plan decides other ops than those of a program."""
-    mine = {program.names[op.name]: (op_text(op), op.results) for op in network.ops}
-    planned = {d.name: (d.op, d.makes) for d in plan.decisions}
-    if list(mine.items()) == list(planned.items()):
-        return
-    differing = [n for n in {**planned, **mine} if mine.get(n) != planned.get(n)]
-    at = [
-        (name, f"{_op_fact(mine.get(name))}, planned {_op_fact(planned.get(name))}")
-        for name in differing[:LISTED_OPS]
-    ]
-    more = len(differing) - LISTED_OPS
-    raise PlanError(
-        "the plan decides the ops of another model",
-        at=at + [("and more", f"{more} others")] * (more > 0) or [("ops", "in another order")],
-        remedy="plan this model on this grid",
-    )
-
-
-def _op_fact(found: tuple[str, tuple[str, ...]] | None) -> str:
-    return f"{found[0]} -> {', '.join(found[1])}" if found else "absent"
-
-
-def op_text(op: Op) -> str:
-    """Write the op of a call as plans do."""
-    return str(op.call.op).removeprefix("aten.").removesuffix(".default")
-
-
-def graph_digest(program: Program) -> str:
-    """Return a digest of the ops of a program and of their plain arguments, devices left out."""
-    text = [
-        (str(n.target), [a for a in fx_leaves(n) if isinstance(a, bool | int | float | str)])
-        for n in program.graph.nodes
-        if n.op == "call_function"
-    ]
-    return hashlib.sha256(repr(text).encode()).hexdigest()[:16]
-
-
-def fx_leaves(node: fx.Node) -> list[Any]:
-    """Return the arguments of a node without their structure."""
-    return tree_leaves((list(node.args), dict(node.kwargs)))
-
-
-__all__ = ["Planned", "fingerprint", "graph_digest", "read_plan", "refuse_other_ops", "search_plan"]
+__all__ = ["Planned", "read_plan", "search_plan"]

@@ -159,9 +159,9 @@ def enter(row: Rule) -> Rule:
     return row
 
 
-def forget(op: Op) -> None:
-    """Take the row of an op out, if it has one."""
-    _TABLE.pop(op, None)
+def forget(op: Op) -> Rule | None:
+    """Take the row of an op out and return it, if it has one."""
+    return _TABLE.pop(op, None)
 
 
 def find(op: Op) -> Rule | None:

@@ -1,0 +1,150 @@
+"""Ranks that are lost, in real processes: one is killed in the middle of a step, or does not come."""
+
+import os
+import signal
+import tempfile
+import time
+from datetime import timedelta
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed import TCPStore
+
+import autotp
+from autotp.axis import DistAxis
+from autotp.errors import AutotpError
+from autotp.launch import HOST, rank_environment
+from tests.end_to_end.models import CLUSTER, Mlp
+from tests.faults.table import assert_says, row
+
+PINS = {"fc1": {"row": "b", "col": "o"}, "fc2": {"row": "b", "col": "i"}}
+
+
+def end_of(body, ranks, timeout_s=60.0):
+    """Run `body(rank)` in real processes; return the exit code and the last words of each."""
+    store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
+    context = torch.multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / str(rank) for rank in range(ranks)]
+        arguments = [(r, ranks, store.port, body, files[r], timeout_s) for r in range(ranks)]
+        processes = [context.Process(target=run, args=a) for a in arguments]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(90)
+            process.kill()
+        said = [file.read_text() if file.exists() else "" for file in files]
+        return [process.exitcode for process in processes], said
+
+
+def run(rank, ranks, port, body, file, timeout_s):
+    os.environ.update(rank_environment(rank, ranks, port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
+    try:
+        body(rank)
+    except AutotpError as error:
+        file.write_text(str(error))
+        raise
+
+
+def batch():
+    torch.manual_seed(0)
+    return {"x": torch.randn(8, 8), "target": torch.randn(8, 8)}
+
+
+def parallel(grid):
+    torch.manual_seed(0)
+    return autotp.parallelize(Mlp(), grid, batch(), cluster=CLUSTER, pins=PINS)
+
+
+def killed_at_the_next_collective():
+    """Make the next collective of this process its end."""
+
+    def end(*_args):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    return mock.patch.object(DistAxis, "_call", end)
+
+
+# A rank is killed --------------------------------------------------------------------------------
+
+
+def killed_in_forward(rank):
+    model = parallel((2, 2))
+    for step in range(3):
+        if rank == 3 and step == 2:
+            killed_at_the_next_collective().start()
+        model(**batch()).backward()
+
+
+IN_FORWARD = row("A rank is killed in the middle of forward, as all others say", "?")
+
+
+def test_the_others_name_a_rank_that_is_killed():
+    start = time.monotonic()
+    codes, said = end_of(killed_in_forward, 4)
+    assert codes == [1, 1, 1, -signal.SIGKILL]
+    for text in said[:3]:
+        assert_says(text, IN_FORWARD)
+    assert time.monotonic() - start < 60  # they did not wait for the timeout
+
+
+def killed_in_backward(rank):
+    model, inputs = parallel((1, 2)), batch()
+    for step in range(2):
+        loss = model(**inputs)
+        if rank == 1 and step == 1:
+            killed_at_the_next_collective().start()
+        loss.backward()
+
+
+IN_BACKWARD = row("A rank is killed in the middle of backward", "?")
+
+
+@pytest.mark.slow
+def test_the_node_of_a_collective_in_backward_is_named():
+    codes, said = end_of(killed_in_backward, 2)
+    assert codes == [1, -signal.SIGKILL]
+    assert_says(said[0], IN_BACKWARD)
+
+
+# A rank does not come ----------------------------------------------------------------------------
+
+
+def called_on_rank_0_only(rank):
+    model = parallel((1, 2))
+    model.state_dict()
+    if rank == 0:
+        with mock.patch("autotp.liveness.timeout_s", lambda: 2.0):
+            autotp.full_state_dict(model)
+    time.sleep(4)
+
+
+ALONE = row("full_state_dict on rank 0 only", "?")
+
+
+def asleep_on_rank_1(rank):
+    model = parallel((1, 2))
+    if rank == 1:
+        time.sleep(15)
+    model(**batch())
+
+
+ASLEEP = row("A rank that is somewhere else when the timeout ends", "?")
+
+
+def test_who_does_not_come_is_named():
+    codes, said = end_of(called_on_rank_0_only, 2)
+    assert codes[0] == 1
+    assert_says(said[0], ALONE)
+
+
+@pytest.mark.slow
+def test_where_each_rank_stands_is_said():
+    codes, said = end_of(asleep_on_rank_1, 2, timeout_s=8.0)
+    assert codes[0] == 1
+    assert_says(said[0], ASLEEP)
