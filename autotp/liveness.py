@@ -39,6 +39,10 @@ FOREVER = timedelta(days=365)
 GRAPH_FILE = "<eval_with_key>"
 """How the files of code that torch.fx generates begin."""
 
+APART = "the ranks do not meet in the same collective"
+TOGETHER = "make every rank take the same steps: call the model under no condition on the rank"
+RESTART = "see the log of the rank that is gone, and start all ranks again from a checkpoint"
+
 PING, FINDING, PONG = "autotp/ping", "autotp/finding", "autotp/pong"
 
 
@@ -72,9 +76,9 @@ def lost(what: str, node: str, error: Exception) -> LostRankError:
             *at,
             ("last node", f"{node} (rank {rank}, in {what})"),
             *[("your code", line) for line in [_user_line()] if line],
-            ("torch", re.sub(r"^\[\S+\] ", "", reason)[:160]),
+            ("torch", re.sub(r"^\[\S+\] ", "", reason).partition(". ")[0]),
         ],
-        remedy="see the log of the rank that is gone, and start all ranks again from a checkpoint",
+        remedy=TOGETHER if finding == APART else RESTART,
     )
 
 
@@ -108,7 +112,7 @@ def _ask(store: Any) -> str:
     where = {r: store.get(f"{PONG}/{r}").decode() for r in ranks if r != dist.get_rank()}
     where[dist.get_rank()] = _standing()
     rows = [f"rank {r}\t{where[r]}" for r in ranks]
-    return "\n".join(["the ranks wait for each other: they do not call the same", *rows])
+    return "\n".join([APART, *rows])
 
 
 # Roll calls --------------------------------------------------------------------------------------
@@ -129,6 +133,8 @@ def roll_call(what: str, remedy: Sequence[str]) -> None:
     while missing := [r for r, key in keys.items() if not store.check([key])]:
         waited = time.monotonic() - start
         if waited > timeout_s():
+            store.add(f"{what}/calls/{rank}", -1)  # as if it had not been called
+            store.delete_key(keys[rank])
             raise _absent(what, missing, remedy)
         if waited > WORD_S and not told:
             told = True
@@ -196,13 +202,12 @@ def _standing() -> str:
 def _user_line(frame: FrameType | None = None) -> str:
     """Return `file.py:line in function` of the innermost frame outside libraries."""
     stack = traceback.extract_stack(frame)
-    here = os.path.dirname(__file__)
+    here, libraries = os.path.dirname(__file__), os.path.dirname(os.path.dirname(torch.__file__))
     own = [
         f"{os.path.basename(f.filename)}:{f.lineno} in {f.name}"
         for f in stack
-        if "site-packages" not in f.filename
-        and os.path.dirname(f.filename) != here
-        and not f.filename.startswith(("<", sys.base_prefix))
+        if os.path.dirname(f.filename) != here
+        and not f.filename.startswith(("<", libraries, sys.base_prefix))
     ]
     return own[-1] if own else ""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
@@ -15,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from autotp.errors import AutotpError, GridError, RuntimeStateError
 from autotp.grid import Grid, as_grid
-from autotp.liveness import watch
+from autotp.liveness import last_node, lost, watch
 from autotp.version import VERSION
 
 T = TypeVar("T")
@@ -78,7 +79,7 @@ def make_mesh(grid: Grid, device_type: str) -> DeviceMesh:
 def from_rank_0(value: Any) -> Any:
     """Return rank 0's `value` on every rank."""
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    _exchange(lambda: dist.broadcast_object_list(box, src=0))
     return box[0]
 
 
@@ -118,8 +119,16 @@ def gathered(value: Any) -> list[Any]:
     """Return every rank's `value`, in rank order."""
     everyone: list[Any] = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
     if len(everyone) > 1:
-        dist.all_gather_object(everyone, value)
+        _exchange(lambda: dist.all_gather_object(everyone, value))
     return everyone
+
+
+def _exchange(call: Callable[[], None]) -> None:
+    """Exchange objects. Raises LostRankError where a rank does not take part."""
+    try:
+        call()
+    except RuntimeError as error:
+        raise lost("an agreement of all ranks", last_node(sys._getframe()), error) from error
 
 
 def versions() -> dict[str, str]:

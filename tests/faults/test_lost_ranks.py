@@ -18,7 +18,8 @@ from autotp.axis import DistAxis
 from autotp.errors import AutotpError
 from autotp.launch import HOST, rank_environment
 from tests.end_to_end.models import CLUSTER, Mlp
-from tests.faults.table import assert_says, row
+from tests.end_to_end.on_ranks import on_ranks
+from tests.faults.table import assert_says, refused, row
 
 PINS = {"fc1": {"row": "b", "col": "o"}, "fc2": {"row": "b", "col": "i"}}
 
@@ -56,9 +57,9 @@ def batch():
     return {"x": torch.randn(8, 8), "target": torch.randn(8, 8)}
 
 
-def parallel(grid):
+def parallel(grid, inputs=None):
     torch.manual_seed(0)
-    return autotp.parallelize(Mlp(), grid, batch(), cluster=CLUSTER, pins=PINS)
+    return autotp.parallelize(Mlp(), grid, inputs or batch(), cluster=CLUSTER, pins=PINS)
 
 
 def killed_at_the_next_collective():
@@ -81,7 +82,17 @@ def killed_in_forward(rank):
         model(**batch()).backward()
 
 
-IN_FORWARD = row("A rank is killed in the middle of forward, as all others say", "?")
+IN_FORWARD = row(
+    "A rank is killed in the middle of forward, as all others say",
+    """
+    LostRankError: rank 3 is gone
+      at      rank 3      does not answer: its process has ended or is stopped
+      at      last node   ..._P_to_I = all_reduce(..., to = 'I') (rank ..., in all_reduce on axis ...)
+      at      your code   test_lost_ranks.py:... in killed_in_forward
+      at      torch       ...
+      remedy  see the log of the rank that is gone, and start all ranks again from a checkpoint
+    """,
+)
 
 
 def test_the_others_name_a_rank_that_is_killed():
@@ -94,7 +105,9 @@ def test_the_others_name_a_rank_that_is_killed():
 
 
 def killed_in_backward(rank):
-    model, inputs = parallel((1, 2)), batch()
+    inputs = batch()
+    inputs["x"].requires_grad_()  # so that its gradient is gathered from all ranks
+    model = parallel((1, 2), inputs)
     for step in range(2):
         loss = model(**inputs)
         if rank == 1 and step == 1:
@@ -102,7 +115,17 @@ def killed_in_backward(rank):
         loss.backward()
 
 
-IN_BACKWARD = row("A rank is killed in the middle of backward", "?")
+IN_BACKWARD = row(
+    "A rank is killed in the middle of backward",
+    """
+    LostRankError: rank 1 is gone
+      at      rank 1      does not answer: its process has ended or is stopped
+      at      last node   backward of x_I_to_R = invariant_to_replicate(x, col) (rank 0, in all_reduce on axis 'col')
+      at      your code   test_lost_ranks.py:... in killed_in_backward
+      at      torch       ...
+      remedy  see the log of the rank that is gone, and start all ranks again from a checkpoint
+    """,
+)
 
 
 @pytest.mark.slow
@@ -115,32 +138,49 @@ def test_the_node_of_a_collective_in_backward_is_named():
 # A rank does not come ----------------------------------------------------------------------------
 
 
-def called_on_rank_0_only(rank):
-    model = parallel((1, 2))
-    model.state_dict()
-    if rank == 0:
-        with mock.patch("autotp.liveness.timeout_s", lambda: 2.0):
+ALONE = row(
+    "full_state_dict on rank 0 only",
+    """
+    LostRankError: autotp.full_state_dict was not called on every rank
+      at      rank 0   called it and waited 1 s, the process group's timeout
+      at      rank 1   did not come
+      remedy  call autotp.full_state_dict(model) on every rank, and save what it returns on rank 0
+      remedy  model.state_dict() is this rank's own part, and may be called on one rank alone
+    """,
+)
+
+
+@on_ranks((1, 2))
+def test_who_does_not_come_is_named_and_a_later_call_is_answered(grid):
+    model = parallel(grid)
+    if dist.get_rank() == 0:
+        with mock.patch("autotp.liveness.timeout_s", lambda: 1.0), refused(ALONE):
             autotp.full_state_dict(model)
-    time.sleep(4)
-
-
-ALONE = row("full_state_dict on rank 0 only", "?")
+    dist.barrier()
+    assert autotp.full_state_dict(model).keys() == Mlp().state_dict().keys()
 
 
 def asleep_on_rank_1(rank):
     model = parallel((1, 2))
+    for _ in range(3):
+        model(**batch())
     if rank == 1:
         time.sleep(15)
     model(**batch())
 
 
-ASLEEP = row("A rank that is somewhere else when the timeout ends", "?")
-
-
-def test_who_does_not_come_is_named():
-    codes, said = end_of(called_on_rank_0_only, 2)
-    assert codes[0] == 1
-    assert_says(said[0], ALONE)
+ASLEEP = row(
+    "A rank that is somewhere else when the timeout ends",
+    """
+    LostRankError: the ranks do not meet in the same collective
+      at      rank 0      test_lost_ranks.py:... in asleep_on_rank_1, fc2_P_to_I = all_reduce(fc2, col, to = 'I')
+      at      rank 1      test_lost_ranks.py:... in asleep_on_rank_1, outside of the program
+      at      last node   fc2_P_to_I = all_reduce(fc2, col, to = 'I') (rank 0, in all_reduce on axis 'col')
+      at      your code   test_lost_ranks.py:... in asleep_on_rank_1
+      at      torch       Timed out waiting 8000ms for ... operation to complete
+      remedy  make every rank take the same steps: call the model under no condition on the rank
+    """,
+)
 
 
 @pytest.mark.slow

@@ -32,19 +32,46 @@ def parallel(model, grid):
 
 
 @on_ranks((1, 2))
-@fault("An infinite value in the part of one rank", "?")
+@fault(
+    "An infinite value in the part of one rank",
+    """
+    NumericsError: the first value that is not finite in forward is that of log
+      at      your code   test_numerics.py:...
+      at      rank 1      64 of 64 elements are infinite, held as I,S(1)
+      remedy  autotp.check(model, grid, inputs) says whether the unsharded model makes it too
+      remedy  torch.autograd.set_detect_anomaly(True) on the original model, if it does
+    """,
+)
 def test_infinite(grid):
     parallel(Logs(rest=0.0), grid)
 
 
 @on_ranks((1, 2))
-@fault("NaN in the part of one rank", "?")
+@fault(
+    "NaN in the part of one rank",
+    """
+    NumericsError: the first value that is not finite in forward is that of log
+      at      your code   test_numerics.py:...
+      at      rank 1      64 of 64 elements are NaN, held as I,S(1)
+      remedy  autotp.check(model, grid, inputs) says whether the unsharded model makes it too
+      remedy  torch.autograd.set_detect_anomaly(True) on the original model, if it does
+    """,
+)
 def test_nan(grid):
     parallel(Logs(rest=-1.0), grid)
 
 
 @on_ranks((1, 2))
-@fault("A weight that is NaN already", "?")
+@fault(
+    "A weight that is NaN already",
+    """
+    NumericsError: the first value that is not finite in forward is that of fc2.bias
+      at      rank 0   8 of 8 elements are NaN, before any op, held as I,I
+      at      rank 1   8 of 8 elements are NaN, before any op, held as I,I
+      remedy  autotp.check(model, grid, inputs) says whether the unsharded model makes it too
+      remedy  torch.autograd.set_detect_anomaly(True) on the original model, if it does
+    """,
+)
 def test_given(grid):
     model = Logs(rest=1.0)
     nn.init.constant_(model.fc2.bias, float("nan"))
@@ -52,7 +79,16 @@ def test_given(grid):
 
 
 @on_ranks((1, 2))
-@fault("A gradient that is not finite", "?")
+@fault(
+    "A gradient that is not finite",
+    """
+    NumericsError: the first value that is not finite in backward is that of fc1
+      at      your code   test_numerics.py:...
+      at      rank 1      gradient: 64 of 64 elements are NaN or infinite, held as I,S(1)
+      remedy  autotp.check(model, grid, inputs) says whether the unsharded model makes it too
+      remedy  torch.autograd.set_detect_anomaly(True) on the original model, if it does
+    """,
+)
 def test_backward(grid):
     parallel(Logs(rest=0.0, function=torch.sqrt), grid).backward()
 
