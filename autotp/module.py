@@ -23,7 +23,7 @@ from autotp.axis import Axis, dist_axes
 from autotp.distribute import distribute, owners_of, whole_parameters
 from autotp.errors import RuntimeStateError
 from autotp.grid import Coords, Grid
-from autotp.layouts import Layout, take_shard
+from autotp.layouts import Layout, layout_text, take_shard
 from autotp.numerics import run_checked
 from autotp.passes.hooks import hook_numbers
 from autotp.passes.program import Program
@@ -129,6 +129,7 @@ class ParallelModule(nn.Module):
         if not state.modes:
             raise RuntimeStateError(
                 "the model is planned at its first call",
+                at=[("the model", "was not called yet, and no example inputs were given")],
                 remedy="call it once, or give autotp.parallelize its example_inputs",
             )
         same = [c for c in state.modes.values() if c.plan.train == self.training]
@@ -182,6 +183,7 @@ class ParallelModule(nn.Module):
         if assign and state.layouts:
             raise RuntimeStateError(
                 "load_state_dict(assign=True) would replace distributed parameters",
+                at=[("assign", f"True, and {len(state.layouts)} parameters are DTensors")],
                 remedy="load with assign=False",
             )
         own = dict(self.state_dict())
@@ -206,6 +208,7 @@ class ParallelModule(nn.Module):
     def __reduce_ex__(self, _protocol: Any) -> NoReturn:
         raise RuntimeStateError(
             "a parallel module is bound to its process group and cannot be pickled",
+            at=[(type(self).__name__, f"runs on grid {self._autotp.grid}")],
             remedy="save autotp.full_state_dict(model) and model.plan, or copy with copy.deepcopy",
         )
 
@@ -260,17 +263,31 @@ def _arguments(state: State, program: Program, inputs: Sequence[Tensor]) -> Iter
         module, name = state.owners[fqn]
         parameter = module._parameters[name]
         if not isinstance(parameter, DTensor):
-            raise RuntimeStateError(
-                "a distributed parameter was replaced",
-                at=[(fqn, type(parameter).__name__)],
-                remedy="change it in place, or through load_state_dict",
-            )
+            raise _replaced(state, program)
         yield local_tensor(parameter)
     for fqn in program.buffers.values():
         module, name = state.owners[fqn]
         yield cast(Tensor, module._buffers[name])
     yield from program.constants.values()
     yield from inputs
+
+
+def _replaced(state: State, program: Program) -> RuntimeStateError:
+    """Return the error that names every parameter that is no longer the planned DTensor."""
+    found = {fqn: state.owners[fqn] for fqn in program.params.values()}
+    now = {fqn: module._parameters[name] for fqn, (module, name) in found.items()}
+    return RuntimeStateError(
+        "distributed parameters were replaced",
+        at=[
+            (
+                fqn,
+                f"is a {type(p).__name__}, planned a DTensor of {layout_text(state.layouts[fqn])}",
+            )
+            for fqn, p in now.items()
+            if not isinstance(p, DTensor)
+        ],
+        remedy="change them in place, or through load_state_dict",
+    )
 
 
 def _write_buffers(state: State, program: Program, values: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -34,12 +34,14 @@ def _repair(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
 
     Raises RuntimeStateError if the optimizer has state for one of them.
     """
-    for group in optimizer.param_groups:
+    for number, group in enumerate(optimizer.param_groups):
         if not any(hasattr(p, "_autotp_successor") for p in group["params"]):
             continue
-        if any(optimizer.state.get(p) for p in group["params"]):
+        held = [p for p in group["params"] if optimizer.state.get(p)]
+        if held:
             raise RuntimeStateError(
                 f"{type(optimizer).__name__} has stepped on parameters that were replaced since",
+                at=[(f"param_groups[{number}]", f"holds state of {len(held)} whole parameters")],
                 remedy="build the optimizer after autotp.parallelize, or before its first step",
             )
         group["params"] = [getattr(p, "_autotp_successor", p) for p in group["params"]]

@@ -95,8 +95,10 @@ class InputGuards:
             raise InputError(
                 "the inputs are not those that were planned for",
                 at=problems,
-                remedy="pass inputs like the example inputs, plan again with these, or name the"
-                " dims that vary in dynamic=",
+                remedy=(
+                    "pass inputs like the example inputs, or plan again with these",
+                    'name the dims that vary: dynamic={"input_ids": {0: "batch", 1: "seq"}}',
+                ),
             )
         refuse_unequal(self.named_sizes(given))
         return [given[n] for n, leaf in self.leaves.items() if isinstance(leaf, TensorType)]

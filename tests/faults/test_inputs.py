@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import autotp
@@ -29,6 +30,7 @@ def parallel(grid, inputs=None):
       at      x        float32[7, 8], planned float32[8, 8]
       at      target   float64[8, 8], planned float32[8, 8]
       remedy  pass inputs like the example inputs, or plan again with these
+      remedy  name the dims that vary: dynamic={"input_ids": {0: "batch", 1: "seq"}}
     """,
 )
 def test_shape_and_dtype(grid):
@@ -45,6 +47,7 @@ def test_shape_and_dtype(grid):
       at      target[0]   float32[8, 8], planned absent
       at      target[1]   float32[8, 8], planned absent
       remedy  pass inputs like the example inputs, or plan again with these
+      remedy  name the dims that vary: dynamic={"input_ids": {0: "batch", 1: "seq"}}
     """,
 )
 def test_structure(grid):
@@ -72,11 +75,41 @@ def test_call(grid):
     InputError: the inputs are not those that were planned for
       at      x   float32[8, 8] with requires_grad, planned float32[8, 8]
       remedy  pass inputs like the example inputs, or plan again with these
+      remedy  name the dims that vary: dynamic={"input_ids": {0: "batch", 1: "seq"}}
     """,
 )
 def test_gradient(grid):
     model, inputs = parallel(grid), batch()
     model(x=inputs["x"].requires_grad_(), target=inputs["target"])
+
+
+class Folded(nn.Module):
+    """Its batch and sequence are one dim: batches are split in whole sequences."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.fc(x.flatten(0, 1)).unflatten(0, (x.shape[0], x.shape[1])).mean()
+
+
+@on_ranks((1, 2))
+@fault(
+    "A batch that may vary, and is not a multiple of the ranks that split it",
+    """
+    InputError: the plan cannot run these sizes
+      at      batch   7, needed is one a multiple of 2: 6 or 8
+      remedy  pad or drop the last batch, or plan again with these sizes
+    """,
+)
+def test_multiple(grid):
+    torch.manual_seed(0)
+    x, pins = torch.randn(8, 4, 8), {"fc": {"col": "x"}}
+    options = {"cluster": CLUSTER, "pins": pins, "dynamic": {"x": {0: "batch"}}}
+    model = autotp.parallelize(Folded(), grid, (x,), **options)
+    for rows in (6, 7):
+        model(x[:rows])
 
 
 @on_ranks((1, 2))
@@ -87,6 +120,7 @@ def test_gradient(grid):
       at      x        float32[6, 8], planned float32[8, 8]
       at      target   float32[6, 8], planned float32[8, 8]
       remedy  pass inputs like the example inputs, or plan again with these
+      remedy  name the dims that vary: dynamic={"input_ids": {0: "batch", 1: "seq"}}
     """,
 )
 def test_one_rank(grid):

@@ -35,7 +35,7 @@ def end_of(body, ranks, timeout_s=60.0):
         for process in processes:
             process.start()
         for process in processes:
-            process.join(90)
+            process.join(180)
             process.kill()
         said = [file.read_text() if file.exists() else "" for file in files]
         return [process.exitcode for process in processes], said
@@ -96,12 +96,10 @@ IN_FORWARD = row(
 
 
 def test_the_others_name_a_rank_that_is_killed():
-    start = time.monotonic()
-    codes, said = end_of(killed_in_forward, 4)
+    codes, said = end_of(killed_in_forward, 4, timeout_s=3600.0)  # which they do not wait for
     assert codes == [1, 1, 1, -signal.SIGKILL]
     for text in said[:3]:
         assert_says(text, IN_FORWARD)
-    assert time.monotonic() - start < 60  # they did not wait for the timeout
 
 
 def killed_in_backward(rank):
