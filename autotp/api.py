@@ -140,8 +140,7 @@ def parallelize(
     device_type = device_of(list(model.parameters())).type
     shape = ensure_process_group(grid, device_type)
     chosen = together(lambda: _accepted(model, outputs, rng, cluster, device_type))
-    given = (outputs, rng, strict, check_numerics, dynamic)
-    options = dict(zip(OPTIONS, map(str, given), strict=True))
+    options = (outputs, rng, strict, check_numerics, dynamic)
     _refuse_other_calls(shape, model, example_inputs, plan, options)
     mesh = grid if isinstance(grid, DeviceMesh) else make_mesh(shape, device_type)
 
@@ -217,7 +216,7 @@ def _refuse_mode(rng: str) -> None:
 
 
 def _refuse_other_calls(
-    grid: Grid, model: nn.Module, example_inputs: Any, plan: Plan | None, options: Mapping[str, str]
+    grid: Grid, model: nn.Module, example_inputs: Any, plan: Plan | None, options: Sequence[object]
 ) -> None:
     """Raise RuntimeStateError unless all ranks call parallelize alike: the same steps follow."""
     call = {
@@ -225,7 +224,7 @@ def _refuse_other_calls(
         "mode": "train" if model.training else "eval",
         "example_inputs": "none" if example_inputs is None else "given",
         "plan": "none" if plan is None else "given",
-        **options,
+        **dict(zip(OPTIONS, map(str, options), strict=True)),
     }
     refuse_disagreement("calls of autotp.parallelize", call, "make the same call on every rank")
 
