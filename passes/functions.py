@@ -8,6 +8,7 @@ tensors and plain values, is refused by name.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,8 @@ from autotp.errors import CaptureError
 
 SCALES = (0.1, 1.0, 10.0)
 """Sizes of the numbers on which a backward is tried: a function may clamp or round."""
+GRADIENTS = (1e-3, 1.0, 1e4)
+"""Sizes of the gradients that it is sent: a backward may clamp or rescale them."""
 TOLERANCE = 1e-5
 """How far the two gradients may be apart: their constants are written in a few digits."""
 
@@ -125,11 +128,11 @@ def forward(function: type[Function], args: Sequence[Any]) -> Any:
 
 def agrees(function: type[Function], args: Sequence[Any]) -> bool:
     """Say whether autograd of the forward gives the results and gradients of the function."""
-    for scale in SCALES:
+    for scale, gradient in itertools.product(SCALES, GRADIENTS):
         given = [a.sample(scale) if isinstance(a, Described) else a for a in args]
         try:
-            own = list(step(lambda f, *rest: f.apply(*rest), function, given))
-            plain = list(step(lambda f, *rest: forward(f, rest), function, given))
+            own = list(step(lambda f, *rest: f.apply(*rest), function, given, gradient))
+            plain = list(step(lambda f, *rest: forward(f, rest), function, given, gradient))
         except Exception:  # whatever it asks of its arguments that random ones lack
             return False
         if not all(map(is_close, own, plain)):
@@ -138,15 +141,18 @@ def agrees(function: type[Function], args: Sequence[Any]) -> bool:
 
 
 def step(
-    run: Callable[..., Any], function: type[Function], given: Sequence[Any]
+    run: Callable[..., Any], function: type[Function], given: Sequence[Any], gradient: float
 ) -> Iterator[Tensor]:
-    """Yield what a function makes, then the gradient of each argument that has one."""
+    """Yield what a function makes, then the gradient of each argument that has one.
+
+    `gradient` is the largest element of what is sent back from each result.
+    """
     leaves = [a for a in given if isinstance(a, Tensor) and a.requires_grad]
     with torch.enable_grad():
         outputs = pytree.tree_leaves(run(function, *given))
         made = [y for y in outputs if isinstance(y, Tensor)]
-        terms = [(y * torch.linspace(-1, 1, y.numel()).reshape(y.shape)).sum() for y in made]
-        loss = torch.stack(terms).sum()
+        back = [torch.linspace(-gradient, gradient, y.numel()).reshape(y.shape) for y in made]
+        loss = torch.stack([(y * g).sum() for y, g in zip(made, back, strict=True)]).sum()
         grads = torch.autograd.grad(loss, leaves, allow_unused=True) if leaves else ()
     yield from (y.detach() for y in made)
     for leaf, grad in zip(leaves, grads, strict=True):
@@ -157,5 +163,5 @@ def is_close(one: Tensor, other: Tensor) -> bool:
     """Say whether two tensors are equal, beside the largest of their elements."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
-    largest = max(1.0, float(one.abs().max())) if one.numel() else 1.0
+    largest = float(one.abs().max()) if one.numel() else 0.0
     return torch.allclose(one, other, rtol=TOLERANCE, atol=TOLERANCE * largest, equal_nan=True)

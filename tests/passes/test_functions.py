@@ -65,6 +65,18 @@ class Clamped(torch.autograd.Function):
         return g
 
 
+class Bounded(torch.autograd.Function):
+    """Differs from its forward for large gradients only."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, g):
+        return g.clamp(-2, 2)
+
+
 class Told(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, function):
@@ -93,7 +105,9 @@ def test_a_function_with_the_gradient_of_its_forward_is_captured(call):
         assert compare(subject, random_plan(subject, as_grid(grid), seed)).ok
 
 
-@pytest.mark.parametrize("call", (Rounded.apply, Clamped.apply, lambda x: Told.apply(x, torch.sin)))
+@pytest.mark.parametrize(
+    "call", (Rounded.apply, Clamped.apply, Bounded.apply, lambda x: Told.apply(x, torch.sin))
+)
 def test_any_other_is_refused(call):
     with pytest.raises(CaptureError, match="is a custom autograd function"):
         capture(Model(call), (torch.randn(4, 6),), {}, train=True)
