@@ -328,7 +328,7 @@ def longest_sum(op: Op) -> int:
     made = _factors(dim for dims in signature.results for dim in dims)
     summed = read - made - set(op.rule.own)
     lacking = [summed, *(made - _factors(dims) for dims in signature.operands)]
-    sizes = [[signature.sizes[f] for f in absent - signature.whole] for absent in lacking]
+    sizes = [[int(signature.sizes[f]) for f in absent - signature.whole] for absent in lacking]
     return max(map(math.prod, sizes))
 
 

@@ -50,7 +50,7 @@ OPERATORS: dict[type[Any], Callable[..., Any]] = {
 
 @dataclass(slots=True)
 class SizeWriter:
-    """Write sizes as nodes of `graph`, where it is being built.
+    """Write sizes as nodes of `graph`, before all that compute: no region of the model is cut.
 
     `input_of` returns the node of an input, `axis_of` the node that reads an axis.
     """
@@ -60,6 +60,7 @@ class SizeWriter:
     input_of: Callable[[str], fx.Node]
     axis_of: Callable[[str], fx.Node] | None = None
     written: dict[Any, Any] = field(default_factory=dict)
+    nodes: list[fx.Node] = field(default_factory=list)
 
     def write(self, n: object) -> Any:
         """Return the node of a Size; anything else is returned as it is."""
@@ -76,18 +77,26 @@ class SizeWriter:
             self.written[expr] = self._write(expr)
         return self.written[expr]
 
+    def _create(self, op: str, target: Any, args: tuple[Any, ...], name: str | None = None) -> Any:
+        """Create a node after the inputs, the axes and the sizes that are there."""
+        at_rest = (n for n in self.graph.nodes if n.op in ("placeholder", "get_attr"))
+        with self.graph.inserting_after([*at_rest, *self.nodes][-1]):
+            self.nodes.append(self.graph.create_node(op, target, args, name=name))
+        return self.nodes[-1]
+
     def _write(self, expr: Any) -> fx.Node:
         if expr.is_Symbol:
             found = next(d for d in self.dims if d.symbol == expr)
             read = (self.input_of(found.input), found.dim)
-            node = self.graph.create_node("call_method", "size", read, name=found.name)
+            node: fx.Node = self._create("call_method", "size", read, found.name)
             node.meta["val"] = size(found.example, expr)
             return node
         if isinstance(expr, ChunkLength):
             assert self.axis_of is not None, "a captured graph knows no axis"
             whole, axis = expr.args
             here = (self._expression(whole), self.axis_of(str(axis)))
-            return self.graph.call_function(chunk_length, here)
+            local: fx.Node = self._create("call_function", chunk_length, here)
+            return local
         if type(expr) not in OPERATORS:
             raise CaptureError(
                 f"a size depends on the inputs' sizes in a way that cannot be written: {expr}",
@@ -103,7 +112,7 @@ class SizeWriter:
     def _call(self, function: Callable[..., Any], left: Any, right: Any) -> fx.Node:
         if function is operator.add and isinstance(right, int) and right < 0:
             function, right = operator.sub, -right
-        made = self.graph.call_function(function, (left, right))
+        made: fx.Node = self._create("call_function", function, (left, right))
         values = [n.meta.get("val") if isinstance(n, fx.Node) else n for n in (left, right)]
         made.meta["val"] = None if None in values else function(*values)
         return made
@@ -114,11 +123,9 @@ def write_sizes(graph: fx.Graph, writer: SizeWriter) -> None:
     for node in list(graph.nodes):
         if node.op == "placeholder":
             continue
-        with graph.inserting_before(node):
-            node.args, node.kwargs = (
-                map_aggregate(a, functools.partial(_written, writer))
-                for a in (node.args, node.kwargs)
-            )
+        node.args, node.kwargs = (
+            map_aggregate(a, functools.partial(_written, writer)) for a in (node.args, node.kwargs)
+        )
     graph.eliminate_dead_code(is_impure_node=is_needed)
 
 

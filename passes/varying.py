@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -129,9 +129,23 @@ def varying_dims(
                 fixed.append((label, f"dim {dim} of {leaf} is always {n}"))
             elif label not in found:
                 found[label] = _dim(exported, label, n, placeholders[leaf], dim)
+    fixed += _held_together(found.values(), values)
     if fixed:
         raise _cannot_vary(fixed)
     return tuple(found.values())
+
+
+def _held_together(
+    dims: Iterable[VaryingDim], values: Mapping[str, Any]
+) -> Iterator[tuple[str, str]]:
+    """Yield what an export takes for granted of several dims at once: it checks each alone only."""
+    names = {dim.symbol: sympy.Symbol(dim.name) for dim in dims}
+    sizes = [n for dim in dims for n in values[dim.input].shape if isinstance(n, torch.SymInt)]
+    for guard in sizes[0].node.shape_env.guards if sizes else ():
+        fact = sizes[0].node.shape_env.simplify(guard.expr)
+        if len(fact.free_symbols & names.keys()) > 1:
+            used = sorted(str(names[s]) for s in fact.free_symbols & names.keys())
+            yield ", ".join(used), f"torch.export: {fact.xreplace(names)}"
 
 
 def _dim(

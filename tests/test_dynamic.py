@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import autotp
 from autotp.check import compare, prepare
@@ -269,6 +270,27 @@ def test_a_dim_that_the_model_holds_to_a_size_is_refused_by_name(name):
     with pytest.raises(CaptureError, match="the model holds dims to a size") as error:
         autotp.plan(Held(), (1, 2), (torch.randn(4, 6),), dynamic={"x": {0: "batch"}})
     error.match(f"at      batch   torch.export: .*{HELD[name][1]}")
+
+
+def test_a_size_that_several_dims_hold_is_refused_by_name():
+    class Held(Pair):
+        def forward(self, x):
+            rows = self.fc(x).flatten(0, 1)
+            return (rows * torch.zeros(len(rows), 1)).sum()
+
+    with pytest.raises(CaptureError, match=r"at      b, s   torch.export: Eq\(b\*s, 20\)"):
+        autotp.plan(Held(), (1, 2), (torch.randn(4, 5, 6),), dynamic={"x": {0: "b", 1: "s"}})
+
+
+def test_a_region_that_is_recomputed_takes_every_size():
+    class Recomputed(Tokens):
+        def forward(self, ids):
+            return checkpoint(super().forward, ids, use_reentrant=False)
+
+    model = Recomputed().double()
+    first = prepare(model, (), tokens(), dynamic={"ids": TOKENS})
+    sized = [first, prepare(model, (), tokens(8, 5), like=first)]
+    assert run_all_sizes(sized, best_plan(first, (2, 2))) > 1
 
 
 def test_a_model_finds_the_sizes_that_it_can_take():
