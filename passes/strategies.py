@@ -166,6 +166,8 @@ def build_model(
     for n, op in enumerate(network.ops):
         for value, wanted in zip(op.operands, b.tables[n].operands, strict=True):
             _join(b, value, numbers[n], wanted, is_recomputed(network, op))
+    for value in (v for v in network.values if v in params and v not in b.types):
+        _add_source(b, value)  # read by no op: it may be spread all the same
     for value in dict.fromkeys(o for o in network.outputs if o in b.places):
         _join_output(b, value)
     return Model(_problem(b), tuple(b.variables), moves, b.types, limits.may_return)

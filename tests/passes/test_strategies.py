@@ -207,3 +207,16 @@ def test_irreducible_leaves_only_pins_that_are_needed():
         ("a", "2"),
         ("c", "4"),
     ]
+
+
+class Spare(Mlp):
+    """Has a layer that it does not call."""
+
+    def __init__(self):
+        super().__init__()
+        self.pooler = nn.Linear(16, 16)
+
+
+def test_parameters_that_nothing_reads_rest_in_shards():
+    plan = Subject(Spare(), torch.randn(8, 16)).plan()
+    assert all(isinstance(t, Shard) for t in plan.plan.params["pooler.weight"].layout)
