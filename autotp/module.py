@@ -279,10 +279,7 @@ def _replaced(state: State, program: Program) -> RuntimeStateError:
     return RuntimeStateError(
         "distributed parameters were replaced",
         at=[
-            (
-                fqn,
-                f"is a {type(p).__name__}, planned a DTensor of {layout_text(state.layouts[fqn])}",
-            )
+            (fqn, f"is a {type(p).__name__}, planned a DTensor, {layout_text(state.layouts[fqn])}")
             for fqn, p in now.items()
             if not isinstance(p, DTensor)
         ],

@@ -99,7 +99,7 @@ class Folded(nn.Module):
     "A batch that may vary, and is not a multiple of the ranks that split it",
     """
     InputError: the plan cannot run these sizes
-      at      batch   7, needed is one a multiple of 2: 6 or 8
+      at      batch   7, must be a multiple of 2: 6 or 8
       remedy  pad or drop the last batch, or plan again with these sizes
     """,
 )
