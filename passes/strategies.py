@@ -163,6 +163,9 @@ def build_model(
             b.places[value] = (numbers[n], b.tables[n].results[k])
             _note_types(b, value, [b.wide[n].results[k]])
             _add_copy(b, value)
+    for value in params:
+        if value in network.values and not b.readers[value]:
+            _add_source(b, value)
     for n, op in enumerate(network.ops):
         for value, wanted in zip(op.operands, b.tables[n].operands, strict=True):
             _join(b, value, numbers[n], wanted, is_recomputed(network, op))

@@ -77,6 +77,16 @@ def group_count(whole: Call, local: Call) -> tuple[Any, ...]:
     return replace_arg(local, 1, whole.arg(1) * here.shape[1] // before.shape[1])
 
 
+def weight_norm(call: Call) -> str:
+    """What stands at one index of a dim is scaled to a given length: the other dims are whole."""
+    v, g = call.operands[:2]
+    assert v is not None and g is not None
+    kept = call.arg(2, 0) % len(v.shape)
+    names = ["d" if k == kept else f"[x{k}]" for k in range(len(v.shape))]
+    ones = ["d" if k == kept else "1" for k in range(len(g.shape))]
+    return f"{' '.join(names)}, {' '.join(ones)} -> {' '.join(names)}"
+
+
 def rows_bytes(call: Call) -> int:
     """Return the bytes of one number per normalised row."""
     x = call.operands[0]
@@ -144,6 +154,7 @@ rule(
     **BATCH_NORM,
 )
 rule(aten._native_batch_norm_legit_no_training.default, channels, saves=(0,))
+rule(aten._weight_norm.default, weight_norm)
 rule(aten.batch_norm.default, batch_statistics, saves=(0,))
 rule(aten.group_norm.default, groups, localize=group_count, saves=(0,))
 rule(aten.instance_norm.default, instance, saves=(0,))

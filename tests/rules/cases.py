@@ -299,6 +299,8 @@ FAMILIES = {
         (aten.batch_norm.default, x(4, 6, 5), x(6), x(6), *STATISTICS, False, *EPS),
         (aten.batch_norm.default, x(4, 6, 5), x(6), x(6), *STATISTICS, True, *EPS),
         (aten.batch_norm.default, x(4, 6), None, None, *STATISTICS, False, *EPS),
+        (aten._weight_norm.default, x(4, 6, 5), x(4, 1, 1)),
+        (aten._weight_norm.default, x(4, 3, 6), x(1, 1, 6), 2),
         (aten.group_norm.default, x(4, 6, 5), 3, x(6), x(6)),
         (aten.group_norm.default, x(4, 6), 2),
         (aten.group_norm.default, x(4, 12, 2, 2), 4, x(12), x(12)),

@@ -39,7 +39,7 @@ def rwkv() -> Built:
 
     config = RwkvConfig(
         vocab_size=VOCAB, hidden_size=24, num_hidden_layers=2, intermediate_size=36,
-        attention_hidden_size=24, context_length=16, use_cache=False,
+        attention_hidden_size=24, context_length=16, rescale_every=0, use_cache=False,
     )  # fmt: skip
     return language(RwkvForCausalLM(config))
 
