@@ -36,7 +36,7 @@ def test_factors_that_may_split_take_other_sizes():
     assert rigid <= WHOLE
 
 
-WHOLE = {aten.embedding_bag.padding_idx, aten.histc.default}
+WHOLE = {aten.embedding_bag.padding_idx, aten.histc.default, aten.stft.center}
 """Ops whose every factor is whole."""
 
 

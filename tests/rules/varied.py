@@ -148,6 +148,8 @@ def like(old, shape, high=None):
     new = old.detach().reshape((1,) * (len(shape) - old.ndim) + tuple(old.shape))
     for d, n in enumerate(shape):
         new = new.index_select(d, torch.arange(n) % new.shape[d])
+    if new.is_floating_point() and old.numel() and 0 <= old.min() and old.max() <= 1:  # noqa: SIM300
+        return new.clone().requires_grad_(old.requires_grad)  # chances
     if new.is_floating_point():
         return (new * (1 + 0.2 * torch.rand_like(new))).requires_grad_(old.requires_grad)
     if new.dtype is torch.long and high:
