@@ -34,6 +34,7 @@ SIZES = st.sampled_from((4, 6, 5, 3, 2, 7, 8, 1))
 RARELY = st.integers(0, 5).map(lambda n: n == 5)
 DIMS = {"dim", "dims", "dim0", "dim1", "axis0", "axis1", "shifts"}
 UNBROADCAST = {
+    aten.fractional_max_pool2d.default, aten.fractional_max_pool3d.default,
     aten.binary_cross_entropy.default, aten.binary_cross_entropy_with_logits.default,
     aten.huber_loss.default, aten.kl_div.default, aten.mse_loss.default,
     aten.smooth_l1_loss.default,
