@@ -4,6 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.autotp-installed
+SHARED_OUT := -n auto --dist loadfile# one worker per core; a file's tests share what they prepare
 CODE   := autotp passes cost_model tests benchmarks
 TYPES  := build/types# the three folders as mypy must see them, under one import name
 
@@ -25,10 +26,10 @@ demo: setup
 	$(BIN)/autotp demo
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(SHARED_OUT) -m "not slow"
 
 test-all: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SHARED_OUT)
 
 models: setup
 	$(BIN)/python -m tests.zoo.table
