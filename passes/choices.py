@@ -154,9 +154,8 @@ def _keeps_terms(choice: AxisChoice, op: Op) -> bool:
     tensors = [t for t in op.call.operands if t]
     summed = [t.dtype for t, a in zip(tensors, choice.operands, strict=True) if a is P]
     made = [t.dtype for t in op.call.results]
-    rounded = any(d.is_floating_point for d in summed) and not all(
-        d.is_floating_point for d in made
-    )
+    real = any(d.is_floating_point for d in summed)
+    rounded = real and not all(d.is_floating_point or d.is_complex for d in made)
     return not rounded and torch.bool not in (*summed, *made)
 
 

@@ -201,6 +201,13 @@ def moved_traffic(call: Call, ranks: Ranks) -> list[Message]:
     ]
 
 
+def taken(call: Call) -> str:
+    """Take single elements, wherever they lie: the indices may be split."""
+    assert call.operands[0] is not None
+    whole = " ".join(f"[p{d}]" for d in range(len(call.operands[0].shape)))
+    return f"{whole}, ... -> ..."
+
+
 rule(
     aten.embedding.default,
     lookup,
@@ -260,5 +267,5 @@ rule(aten.scatter_reduce.two, scatter)
 rule(aten.searchsorted.Tensor, placed)
 rule(aten.sort.default, ordered, saves=(-1,))
 rule(aten.sort.stable, ordered, saves=(-1,))
-rule(aten.take.default, whole)
+rule(aten.take.default, taken, linear=(0,), saves=(1,))
 rule(aten.topk.default, ordered, saves=(-1,))

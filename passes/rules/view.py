@@ -12,6 +12,7 @@ import torch
 from autotp.layouts import Shape
 from autotp.passes.rules.table import (
     Call,
+    LinearIn,
     Text,
     letters,
     replace_arg,
@@ -338,6 +339,11 @@ def roll(call: Call) -> str:
     return sentence(names, names)
 
 
+def pads_zeros(call: Call) -> LinearIn:
+    """A pad of zeros passes partials; another value would be added by every rank."""
+    return "all" if call.arg(2, "constant") == "constant" and not call.arg(3, None) else None
+
+
 def like_other(call: Call) -> str:
     """Of the second operand only the dtype counts: it is whole."""
     other = call.operands[1]
@@ -361,7 +367,7 @@ rule(aten.flip.default, flip, **COPY)
 rule(aten.glu.default, gated)
 rule(aten.mT.default, swap_last, **VIEW)
 rule(aten.numpy_T.default, reverse, **VIEW)
-rule(aten.pad.default, pad, saves=())
+rule(aten.pad.default, pad, linear=pads_zeros, saves=())
 rule(aten.permute.default, permute, **VIEW)
 rule(aten.repeat.default, repeat, **COPY)
 rule(aten.repeat_interleave.self_int, repeat_interleave, **COPY)
@@ -381,7 +387,7 @@ rule(aten.to.dtype, "... -> ...", **COPY)
 rule(aten.transpose.int, transpose, **VIEW)
 rule(aten.tril.default, triangle, **COPY)
 rule(aten.triu.default, triangle, **COPY)
-rule(aten.type_as.default, like_other, saves=())
+rule(aten.type_as.default, like_other, linear=(0,), saves=())
 rule(aten.unbind.int, unbind, **VIEW)
 rule(aten.unsqueeze.default, unsqueeze, **VIEW)
 rule(aten.view.default, reshape, localize=result_shape_at(1), **VIEW)

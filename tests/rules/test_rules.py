@@ -186,6 +186,12 @@ def test_grouped_queries_split_by_key_heads_or_within_groups():
         (aten.to.dtype, (x(4, 6), torch.float32), {"P"}),
         (aten.to.dtype, (x(4, 6), torch.int64), set()),
         (aten.to.dtype, (x(4, 6) > 0, torch.float64), set()),
+        (aten.pad.default, (x(4, 6), [0, 1]), {"P"}),
+        (aten.pad.default, (x(4, 6), [0, 1], "constant", 3.0), set()),
+        (aten.pad.default, (x(4, 6), [0, 1], "replicate"), set()),
+        (aten.take.default, (x(4, 6), ints(24, 5)), {"P"}),
+        (aten.type_as.default, (x(4, 6), c(6)), {"P"}),
+        (aten.view_as_complex.default, (x(4, 6, 2),), {"P"}),
     ],
 )
 def test_partials_pass_where_the_op_is_linear(op, args, passes):
