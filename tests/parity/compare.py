@@ -97,15 +97,14 @@ def _results(ranks):
 
 
 def _ours(op, args, kwargs):
-    """Return our plain layouts, and the number of those that split a dim in blocks."""
+    """Return our layouts, and the number of those that read an operand in blocks."""
     with torch.enable_grad():
         example = example_of(op, args, kwargs)
     one, values = example.op, example.network.values
     typing = Typing.of([values[v] for v in one.operands], [values[v] for v in one.results])
     found, blocks = set(), 0
     for s in strategies_of(one, typing, infer_factors(example.network), dtensor.PAIR):
-        types = [t for (t,) in (*s.operands, *s.results)]
-        if any(isinstance(t, Shard) and t.parts for t in types):
+        if any(isinstance(t, Shard) and t.parts for (t,) in s.operands):
             blocks += 1
             continue
         placed = dict(zip(one.operands, (t for (t,) in s.operands), strict=True))

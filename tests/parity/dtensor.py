@@ -112,7 +112,13 @@ def text(result):
         return str(shard(found.dim))
     if isinstance(found, Partial):
         return "P" if _how(found) == "sum" else f"P({_how(found)})"
-    return "R" if isinstance(found, Replicate) else f"strided S({found.dim})"
+    return "R" if isinstance(found, Replicate) else str(_in_blocks(result, found))
+
+
+def _in_blocks(result, strided):
+    """Return a strided shard in our words: a chunk of each of its blocks."""
+    count = strided.split_factor
+    return shard(strided.dim, (result.shape[strided.dim] // count,) * count)
 
 
 def _how(partial):
@@ -132,7 +138,10 @@ def joined(ranks, k):
         return torch.cat(pieces, found.dim) if _fit(*pieces, found.dim) else None
     if isinstance(found, Partial):
         return _reduced(pieces, _how(found)) if pieces[0].shape == pieces[1].shape else None
-    return pieces[0] if _same(*pieces) else None
+    if isinstance(found, Replicate):
+        return pieces[0] if _same(*pieces) else None
+    blocks = [x.unflatten(found.dim, (found.split_factor, -1)) for x in pieces]
+    return torch.cat(blocks, found.dim + 1).flatten(found.dim, found.dim + 1)
 
 
 def _fit(a, b, dim):
