@@ -109,9 +109,9 @@ REASONS = {
         by_layout(r"embedding: .*"),
     ),
     "no program": (
-        "needed whole: the op could count or look up in a part, but there is no program for it; "
-        "costs speed only",
-        by_layout(r"(bucketize|searchsorted|histc|index\w*|scatter\w*|gather): .*"),
+        "needed whole: places among a part of the boundaries would add up, but there is no program "
+        "for it; costs speed only",
+        by_layout(r"bucketize: .*"),
     ),
     "odd": (
         "uneven: a dim that a view regroups is split where the ranks divide it, so that every "
