@@ -73,7 +73,7 @@ MODELS: dict[str, Callable[[], Built]] = {
     "starcoder2": causal("starcoder2", **GROUPED),
     "granite": causal("granite", **GROUPED),
     "glm": causal("glm", head_dim=4, **GROUPED),
-    "xglm": causal("xglm", d_model=24, attention_heads=6, num_layers=2, ffn_dim=36),
+    "xglm": causal("xglm", "eager", d_model=24, attention_heads=6, num_layers=2, ffn_dim=36),
     "biogpt": causal("biogpt"),
     "deepseek_v3": causal("deepseek_v3", first_k_dense_replace=2, q_lora_rank=8, kv_lora_rank=8,
                           qk_nope_head_dim=4, qk_rope_head_dim=2, v_head_dim=4,

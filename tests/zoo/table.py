@@ -52,7 +52,7 @@ def main():
         for name, row in zip(names, pool.map(row_of, names), strict=True):
             print(row, flush=True)
             rows[name] = row
-    PAGE.write_text(HEAD + "".join(f"{rows[name]}\n" for name in MODELS if name in rows))
+            PAGE.write_text(HEAD + "".join(f"{rows[name]}\n" for name in MODELS if name in rows))
 
 
 if __name__ == "__main__":
