@@ -17,16 +17,14 @@ import torch
 from torch import Tensor
 
 from autotp import local_programs
-from autotp.parts import Axes, my_range, owned, total_over, widened
-
-_NONE, _MEAN = 0, 1  # ATen's numbers for the reductions; 2 is the sum
+from autotp.parts import MEAN, NONE, Axes, my_range, targets_here, total_over, widened
 
 
 def cross_entropy(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
-    reduction: int = _MEAN,
+    reduction: int = MEAN,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     **splits: Any,
@@ -45,7 +43,7 @@ def cross_entropy(
         split_v=splits.get("split_v", ()),
         size_v=splits.get("size_v"),
     )
-    return rows.reshape(target.shape) if reduction == _NONE else rows
+    return rows.reshape(target.shape) if reduction == NONE else rows
 
 
 def _soft_cross_entropy(
@@ -58,9 +56,9 @@ def _soft_cross_entropy(
 ) -> Tensor:
     """Return the loss against probabilities, whose mean divides by the rows of all ranks."""
     loss = torch.ops.aten.cross_entropy_loss
-    rows: Tensor = loss(logits, target, weight, _NONE, -100, smoothing)
-    if reduction != _MEAN:
-        return rows if reduction == _NONE else rows.sum()
+    rows: Tensor = loss(logits, target, weight, NONE, -100, smoothing)
+    if reduction != MEAN:
+        return rows if reduction == NONE else rows.sum()
     names = ["t", *(f"x{d}" for d in range(rows.ndim - 1))]
     sizes: list[int] = [
         splits.get(f"size_{name}", n) for name, n in zip(names, rows.shape, strict=True)
@@ -72,21 +70,18 @@ def nll_loss(
     scores: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
-    reduction: int = _MEAN,
+    reduction: int = MEAN,
     ignore_index: int = -100,
     **splits: Any,
 ) -> Tensor:
     """Return minus the scores of the targets, those of other ranks' classes as zero."""
     axes = splits.get("split_v", ())
     size = splits.get("size_v", scores.shape[1])
-    low, high = my_range(size, axes)
-    valid = target != ignore_index
-    mine = owned(torch.where(valid, target, 0), (low, high), size) & valid
-    at = torch.where(mine, target - low, 0)
+    mine, at = targets_here(target, target != ignore_index, my_range(size, axes), size)
     share = mine if weight is None else widened(weight)[at] * mine
     rows = -(scores.gather(1, at.unsqueeze(1)).squeeze(1) * share)
-    if reduction != _MEAN:
-        return rows if reduction == _NONE else rows.sum()
+    if reduction != MEAN:
+        return rows if reduction == NONE else rows.sum()
     return (rows.sum() / total_over(share.sum(), (*axes, *_row_axes(splits)))).to(scores.dtype)
 
 

@@ -20,7 +20,17 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from autotp.errors import LayoutError
-from autotp.parts import Axes, apply_function, my_range, owned, total_over, widened
+from autotp.parts import (
+    MEAN,
+    NONE,
+    Axes,
+    apply_function,
+    my_range,
+    owned,
+    targets_here,
+    total_over,
+    widened,
+)
 
 # Embedding -------------------------------------------------------------------------------------
 
@@ -49,14 +59,12 @@ def vocab_embedding(
 
 # Cross-entropy ---------------------------------------------------------------------------------
 
-_NONE, _MEAN = 0, 1  # ATen's numbers for the reductions; 2 is the sum
-
 
 def cross_entropy(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
-    reduction: int = _MEAN,
+    reduction: int = MEAN,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     *,
@@ -87,8 +95,8 @@ def cross_entropy(
         rows, row_weight = _split_rows(logits, target, valid, weight, *options)
     else:
         rows, row_weight = _whole_rows(logits, target, weight, ignore_index, label_smoothing)
-    if reduction != _MEAN:
-        return rows if reduction == _NONE else rows.sum()
+    if reduction != MEAN:
+        return rows if reduction == NONE else rows.sum()
     return (widened(rows).sum() / total_over(row_weight.sum(), split_t)).to(rows.dtype)
 
 
@@ -97,7 +105,7 @@ def _whole_rows(
 ) -> tuple[Tensor, Tensor]:
     """Return each row's loss and the weight it has in a mean, the classes whole."""
     loss = torch.ops.aten.cross_entropy_loss
-    rows = loss(logits, target, weight, _NONE, ignore_index, smoothing)
+    rows = loss(logits, target, weight, NONE, ignore_index, smoothing)
     valid = target != ignore_index
     target_weight = 1 if weight is None else widened(weight)[torch.where(valid, target, 0)]
     return rows, valid * target_weight
@@ -113,9 +121,7 @@ def _split_rows(
     axes: Axes,
 ) -> tuple[Tensor, Tensor]:
     """Return each row's loss and the weight it has in a mean, the classes split over `axes`."""
-    low, high = my_range(classes, axes)
-    mine = owned(torch.where(valid, target, 0), (low, high), classes) & valid
-    at = torch.where(mine, target - low, 0)
+    mine, at = targets_here(target, valid, my_range(classes, axes), classes)
     args = (logits, at, mine, valid, weight, classes, smoothing, axes)
     rows, row_weight = _RowLosses.apply(*args)  # type: ignore[no-untyped-call]
     return rows, valid if weight is None else row_weight

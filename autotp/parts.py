@@ -13,6 +13,9 @@ from autotp.layouts import Range, chunk
 
 Axes = tuple[Axis, ...]
 
+NONE, MEAN = 0, 1
+"""ATen's numbers for the reductions of losses; 2 is the sum."""
+
 
 def my_range(size: int, axes: Axes) -> Range:
     """Return the range of a dim of `size` that this rank holds."""
@@ -48,6 +51,12 @@ def owned(indices: Tensor, mine: Range, size: int) -> Tensor:
     known = ((indices >= 0) & (indices < size)).all()
     torch._assert_async(known, f"an index lies outside a split dim of size {size}")
     return (indices >= mine[0]) & (indices < mine[1])
+
+
+def targets_here(target: Tensor, valid: Tensor, mine: Range, classes: int) -> tuple[Tensor, Tensor]:
+    """Say which valid targets are among the classes `mine`, and where there; others are at zero."""
+    here = owned(torch.where(valid, target, 0), mine, classes) & valid
+    return here, torch.where(here, target - mine[0], 0)
 
 
 def apply_function(function: type[torch.autograd.Function], *args: Any) -> Tensor:

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from autotp.axis import Axis
 from autotp.layouts import Range
+from autotp.parts import apply_function
 from autotp.randomness import (
     RandomState,
     default_generator_seeded,
@@ -55,8 +56,7 @@ def dropout(
 
 
 def _masked(x: Tensor, mask: Tensor, scale: float) -> Tensor:
-    out: Tensor = _Masked.apply(x, mask, scale)  # type: ignore[no-untyped-call]
-    return out
+    return apply_function(_Masked, x, mask, scale)
 
 
 class _Masked(torch.autograd.Function):

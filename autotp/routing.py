@@ -273,9 +273,7 @@ def grouped_mm(
     """
     if not split_t and not split_e:
         return _aligned_product(x, weight, offs)
-    size = size_e or weight.shape[0]
-    rows = size_t or x.shape[0]
-    return _routed(_aligned_product, x, weight, offs, split_t, rows, split_e, size)
+    return _routed(_aligned_product, x, weight, offs, split_t, size_t, split_e, size_e)
 
 
 def grouped_mm_fallback(
@@ -290,8 +288,7 @@ def grouped_mm_fallback(
 ) -> Tensor:
     """Do what `grouped_mm` does by the op that transformers has for other precisions."""
     product = torch.ops.transformers.grouped_mm_fallback
-    size = size_e or weight.shape[0]
-    return _routed(product, x, weight, offs, split_t, size_t or x.shape[0], split_e, size)
+    return _routed(product, x, weight, offs, split_t, size_t, split_e, size_e)
 
 
 def _routed(
@@ -304,7 +301,11 @@ def _routed(
     split_e: Axes,
     size_e: int,
 ) -> Tensor:
-    """Send rows to the ranks of their experts, multiply there, and send the products back."""
+    """Send rows to the ranks of their experts, multiply there, and send the products back.
+
+    A size of zero is that of a dim that is whole here.
+    """
+    size_t, size_e = size_t or x.shape[0], size_e or weight.shape[0]
     shared = _common(split_t, split_e)
     ranges = _peer_ranges(size_t, split_t, shared)
     row = torch.cat([torch.arange(*r, device=x.device) for r in ranges])

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 
 from autotp import local_losses
+from autotp.parts import MEAN, NONE
 from autotp.passes.rules.table import Call, Message, Ranks, rule, wide_bytes
 
 aten = torch.ops.aten
-
-NONE, MEAN = 0, 1
 
 
 def classes(call: Call) -> tuple[str, str, str]:
