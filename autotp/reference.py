@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from autotp.passes.draws import dense_strides, draws
 from autotp.passes.export import training_flag, without_cache
 from autotp.passes.hooks import without_own_hooks
 from autotp.passes.program import Program
@@ -80,11 +81,31 @@ def captured_step(
     """Run the captured graph, whole, as the original was run."""
     params, own = leaf_params(program, state), leaves(inputs)
     torch.manual_seed(SEED)
-    values = program.graph_module(*placeholder_values(program, params, state, own))
+    values = _InOrder(program.graph_module).run(*placeholder_values(program, params, state, own))
     run_backward(values, backward)
     count = len(program.outputs)
     written = dict(zip(program.mutations.values(), values[count:], strict=True))
     return _step(values[:count], written, params, dict(zip(program.inputs, own, strict=True)))
+
+
+class _InOrder(fx.Interpreter):
+    """Run a captured graph, each draw on operands that lie in memory as the original's do.
+
+    Capture drops copies, and the order in memory says which random number falls where.
+    """
+
+    def run_node(self, n: fx.Node) -> Any:
+        if draws(n):
+            for operand in n.all_input_nodes:
+                self.env[operand] = _in_order(self.env[operand], operand.meta["val"])
+        return super().run_node(n)
+
+
+def _in_order(x: Any, like: Any) -> Any:
+    if not isinstance(x, Tensor) or dense_strides(x) == dense_strides(like):
+        return x
+    moved = torch.empty_strided(x.shape, dense_strides(like), dtype=x.dtype, device=x.device)
+    return moved.copy_(x)
 
 
 def leaf_params(program: Program, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

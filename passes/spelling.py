@@ -13,7 +13,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 from autotp.passes.composites import open_composites
-from autotp.passes.draws import free_draws
+from autotp.passes.draws import dense_strides, draws, free_draws
 from autotp.passes.normalise import STRIDE_READERS, carriers, like, source, value_of
 from autotp.sizes import shape_of
 
@@ -28,11 +28,11 @@ def spell(graph: fx.Graph, seeds: Collection[str]) -> None:
     open_composites(graph)
     found = carriers(graph, seeds)
     keep_copies = any(node.target in STRIDE_READERS for node in graph.nodes)
-    for node in list(graph.nodes):
-        rewrite = SPELLINGS.get(node.target)
+    copies = [n for n in graph.nodes if SPELLINGS.get(n.target) is copied]
+    others = [n for n in graph.nodes if n.target in SPELLINGS and n not in set(copies)]
+    for node in others if keep_copies else [*others, *reversed(copies)]:
+        rewrite = SPELLINGS[node.target]
         if node.target is aten.detach.default and node.args[0] in found:
-            continue
-        if rewrite is None or (rewrite is copied and keep_copies):
             continue
         with graph.inserting_before(node):
             new = rewrite(node)
@@ -49,11 +49,20 @@ def dropped(node: fx.Node) -> None:
 
 
 def copied(node: fx.Node) -> fx.Node:
-    """Drop a copy, unless it changes the format or parts an output from what the user owns."""
+    """Drop a copy, unless it changes the format or parts an output from what the user owns.
+
+    Where a draw reads it, a copy into another order in memory says which number falls where.
+    """
     memory_format = node.kwargs.get("memory_format")
     leaves = source(node).op == "placeholder" and any(u.op == "output" for u in node.users)
     plain = memory_format in (None, torch.contiguous_format, torch.preserve_format)
-    return source(node) if plain and not leaves else node
+    placed = any(map(draws, node.users)) and reorders(node)
+    return source(node) if plain and not leaves and not placed else node
+
+
+def reorders(node: fx.Node) -> bool:
+    """Say whether a copy lies in memory in another order than what it copies."""
+    return dense_strides(value_of(node)) != dense_strides(value_of(source(node)))
 
 
 def reshaped(node: fx.Node) -> fx.Node:

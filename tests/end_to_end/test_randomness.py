@@ -78,7 +78,19 @@ def unread(m, x):
     return F.dropout(m.b(h), 0.25).pow(2).mean()
 
 
-FORWARDS = (dropouts, likes, gates, picks, unread)
+def copies(m, x):
+    """Copy into another order before draws: right there, behind pointwise ops, views and twins."""
+    h = F.dropout(m.a(x).mT.contiguous(), 0.3)
+    h = F.dropout(F.gelu(h.permute(2, 0, 1).contiguous()), 0.3).permute(1, 2, 0)
+    h = h + torch.rand_like(h.mT.contiguous()).mT
+    h = h + torch.rand_like(h.permute(1, 2, 0).clone()).permute(2, 0, 1)
+    left, right = h.mT.contiguous().unsqueeze(1).chunk(2, -1)
+    h = torch.cat((F.dropout(left, 0.2), torch.bernoulli(right.sigmoid())), -1).squeeze(1)
+    h = F.dropout(h.clone(memory_format=torch.contiguous_format).contiguous().clone(), 0.2)
+    return F.dropout(m.b(h), 0.1).pow(2).mean()
+
+
+FORWARDS = (dropouts, likes, gates, picks, unread, copies)
 
 
 def transformer():
