@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -19,16 +20,17 @@ from autotp.errors import AutotpError, PlanError
 from autotp.grid import Coords, Grid, as_grid
 from autotp.layouts import I, Layout, layout_text
 from autotp.module import Compiled, ParallelModule, State, compile_mode, make_parallel, new_state
-from autotp.passes.capture import capture
-from autotp.passes.codegen import emit
+from autotp.options import Options
+from autotp.passes.capture.model import capture
+from autotp.passes.capture.regions import fold_regions
+from autotp.passes.capture.varying import given_dims
+from autotp.passes.emit.codegen import emit
+from autotp.passes.emit.verify import verify
 from autotp.passes.factors import Factors, infer_factors
 from autotp.passes.identity import fingerprint, graph_digest, refuse_other_ops
 from autotp.passes.network import Network, read_network, refuse_unruled
 from autotp.passes.planning import search_plan
 from autotp.passes.program import Program
-from autotp.passes.regions import fold_regions
-from autotp.passes.varying import given_dims
-from autotp.passes.verify import verify
 from autotp.plan import Plan
 from autotp.plan_file import from_json, refuse_other, to_json
 from autotp.progress import stage
@@ -43,7 +45,6 @@ from autotp.ranks import (
 from autotp.refusals import refuse_model
 
 Pins = Mapping[str, Mapping[str, str]]
-OPTIONS = ("outputs", "rng", "strict", "check_numerics", "dynamic")
 
 
 def compile_rank(
@@ -59,18 +60,15 @@ def compile_rank(
     plan: Plan | None = None,
     pins: Pins | None = None,
     rest: Mapping[str, Layout] | None = None,
-    sharded_outputs: bool = False,
-    strict: bool = False,
-    rng: str = "fast",
-    dynamic: DynamicInputs | None = None,
+    options: Options,
 ) -> Compiled:
     """Return the program of this rank: the six steps from a model to its collectives."""
     with stage("capture"):
-        program, network = together(lambda: _read(model, args, kwargs, train, strict, dynamic))
+        program, network = together(lambda: _read(model, args, kwargs, train, options))
     mine = fingerprint(program)
     refuse_disagreement(
         "models",
-        {**mine, "the graph's ops": graph_digest(program), "rng": rng},
+        {**mine, "the graph's ops": graph_digest(program), "rng": options.rng},
         "build the same model, and pass inputs of the same shapes, on every rank",
     )
     with stage("infer factors"):
@@ -79,18 +77,20 @@ def compile_rank(
         plan = _agreed(
             lambda: (
                 search_plan(
-                    program, network, factors, grid, cluster, pins, rest, sharded_outputs
+                    program, network, factors, grid, cluster, pins, rest, options.sharded
                 ).plan
             )
         )
     refuse_other(plan, mine, grid, train)
     refuse_other_ops(plan, program, network)
     plan.dynamic.refuse(program.example_sizes)
-    if not sharded_outputs:
+    if not options.sharded:
         _refuse_sharded(plan)
     refuse_disagreement("plans", {"plan": plan.hash}, "give every rank the same plan and versions")
     with stage("emit and verify"):
-        module = together(lambda: _emitted(program, network, factors, plan, coords, axes, rng))
+        module = together(
+            lambda: _emitted(program, network, factors, plan, coords, axes, options.rng)
+        )
     return Compiled(program, plan, module)
 
 
@@ -139,8 +139,8 @@ def parallelize(
     Raises AutotpError: what is not supported is refused by name."""
     device_type = device_of(list(model.parameters())).type
     shape = ensure_process_group(grid, device_type)
-    chosen = together(lambda: _accepted(model, outputs, rng, cluster, device_type))
-    options = (outputs, rng, strict, check_numerics, dynamic)
+    options = together(lambda: Options(outputs, strict, check_numerics, rng, dynamic))
+    chosen = together(lambda: _accepted(model, cluster, device_type))
     _refuse_other_calls(shape, model, example_inputs, plan, options)
     mesh = grid if isinstance(grid, DeviceMesh) else make_mesh(shape, device_type)
 
@@ -161,10 +161,7 @@ def parallelize(
             plan=plan if plan and plan.train == train and is_first else None,
             pins=None if state.layouts else pins,
             rest=state.layouts or _planned_layouts(plan, shape),
-            sharded_outputs=outputs == "sharded",
-            strict=strict,
-            rng=rng,
-            dynamic=given_dims(whole, args, kwargs, dynamic) if state.modes else dynamic,
+            options=_later(options, whole, args, kwargs) if state.modes else options,
         )
 
     state = new_state(shape, compile_one, outputs, mesh, check_numerics)
@@ -184,17 +181,15 @@ def _planned_layouts(plan: Plan | None, grid: Grid) -> dict[str, Layout] | None:
     return {n: r.layout for n, r in plan.params.items()} if plan and plan.grid == grid else None
 
 
-def _accepted(
-    model: nn.Module, outputs: str, rng: str, cluster: Cluster | str | None, device_type: str
-) -> Cluster:
-    """Return the cluster of a call of parallelize; raise for what cannot be accepted."""
-    if outputs not in ("full", "sharded"):
-        raise AutotpError(
-            "outputs are returned whole or in pieces",
-            at=[("outputs", f"{outputs!r} is neither")],
-            remedy='outputs="full" or outputs="sharded"',
-        )
-    _refuse_mode(rng)
+def _later(
+    options: Options, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Options:
+    """Return the options of another mode's capture, whose inputs may lack some that vary."""
+    return replace(options, dynamic=given_dims(model, args, kwargs, options.dynamic))
+
+
+def _accepted(model: nn.Module, cluster: Cluster | str | None, device_type: str) -> Cluster:
+    """Return the cluster of a call of parallelize; raise for a model that cannot be accepted."""
     if isinstance(model, ParallelModule):
         raise AutotpError(
             f"{type(model).__name__} is parallel already",
@@ -205,18 +200,8 @@ def _accepted(
     return as_cluster(cluster, device_type)
 
 
-def _refuse_mode(rng: str) -> None:
-    """Raise AutotpError for a mode of randomness that there is not."""
-    if rng not in ("fast", "exact"):
-        raise AutotpError(
-            "masks are drawn fast or exact",
-            at=[("rng", f"{rng!r} is neither")],
-            remedy='rng="fast" or rng="exact"',
-        )
-
-
 def _refuse_other_calls(
-    grid: Grid, model: nn.Module, example_inputs: Any, plan: Plan | None, options: Sequence[object]
+    grid: Grid, model: nn.Module, example_inputs: Any, plan: Plan | None, options: Options
 ) -> None:
     """Raise RuntimeStateError unless all ranks call parallelize alike: the same steps follow."""
     call = {
@@ -224,7 +209,7 @@ def _refuse_other_calls(
         "mode": "train" if model.training else "eval",
         "example_inputs": "none" if example_inputs is None else "given",
         "plan": "none" if plan is None else "given",
-        **dict(zip(OPTIONS, map(str, options), strict=True)),
+        **options.described(),
     }
     refuse_disagreement("calls of autotp.parallelize", call, "make the same call on every rank")
 
@@ -234,13 +219,12 @@ def _read(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     train: bool,
-    strict: bool,
-    dynamic: DynamicInputs | None,
+    options: Options,
 ) -> tuple[Program, Network]:
     """Return a model as program and network; with `strict`, only if every op has a rule."""
-    program = capture(model, args, kwargs, train=train, dynamic=dynamic)
+    program = capture(model, args, kwargs, train=train, dynamic=options.dynamic)
     network = read_network(program)
-    if strict:
+    if options.strict:
         refuse_unruled(program, network)
     return program, network
 
@@ -264,12 +248,12 @@ def plan(
     refuse_model(model, weights=False)
     args, kwargs = split_inputs(example_inputs)
     chosen = as_cluster(cluster, device_of(list(model.parameters())).type)
-    sharded = outputs == "sharded"
+    options = Options(outputs, strict, dynamic=dynamic)
     with stage("capture"):
-        program, network = _read(model, args, kwargs, model.training, strict, dynamic)
+        program, network = _read(model, args, kwargs, model.training, options)
     with stage("infer factors"):
         factors = infer_factors(network, program.inputs)
-    return search_plan(program, network, factors, shape, chosen, pins, None, sharded).plan
+    return search_plan(program, network, factors, shape, chosen, pins, None, options.sharded).plan
 
 
 def check(
@@ -289,11 +273,11 @@ def check(
     and the state of the random generators are left as they were. Arguments as for `parallelize`;
     with rng="exact" dropout stays on and is compared too.
     """
-    _refuse_mode(rng)
+    options = Options(rng=rng, dynamic=dynamic)
     shape = as_grid(grid)
     refuse_model(model, weights=True)
     with stage("run the original"):
-        subject = prepare(model, *split_inputs(example_inputs), rng, dynamic)
+        subject = prepare(model, *split_inputs(example_inputs), options.rng, options.dynamic)
     program, network = subject.program, subject.network
     if plan is None:
         chosen = as_cluster(cluster, device_of(list(model.parameters())).type)

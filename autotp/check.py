@@ -30,12 +30,12 @@ from autotp.dynamic import DynamicInputs
 from autotp.errors import LayoutError
 from autotp.grid import Grid, as_grid
 from autotp.layouts import I, Layout, layout_text
-from autotp.passes.capture import capture
+from autotp.passes.capture.model import capture
+from autotp.passes.emit.verify import verify
 from autotp.passes.factors import Factors, infer_factors
 from autotp.passes.network import Network, Op, read_network
 from autotp.passes.program import Program
 from autotp.passes.rules.sentence import Dim
-from autotp.passes.verify import verify
 from autotp.plan import Plan
 from autotp.reference import (
     LEARNING_RATE,

@@ -25,7 +25,7 @@ from autotp.errors import RuntimeStateError
 from autotp.grid import Coords, Grid
 from autotp.layouts import Layout, layout_text, take_shard
 from autotp.numerics import run_checked
-from autotp.passes.hooks import hook_numbers
+from autotp.passes.capture.hooks import hook_numbers
 from autotp.passes.program import Program
 from autotp.placements import as_dtensor, local_tensor, whole
 from autotp.plan import Plan

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from autotp.passes.draws import dense_strides, draws
-from autotp.passes.export import training_flag, without_cache
-from autotp.passes.hooks import without_own_hooks
+from autotp.passes.capture.draws import dense_strides, draws
+from autotp.passes.capture.export import training_flag, without_cache
+from autotp.passes.capture.hooks import without_own_hooks
 from autotp.passes.program import Program
 from autotp.simulate import leaves, placeholder_values, run_backward, sgd_step
 

@@ -23,7 +23,7 @@ from autotp.api import Pins, split_inputs
 from autotp.grid import Grid, as_grid
 from autotp.layouts import Layout, Shard, is_valid
 from autotp.passes.anatomy import Anatomy, Product, read_anatomy, root_of
-from autotp.passes.capture import capture
+from autotp.passes.capture.model import capture
 from autotp.passes.choices import AxisChoice, Typing, axis_choices, split_ways
 from autotp.passes.factors import Factors, infer_factors
 from autotp.passes.network import Network, Op, read_network

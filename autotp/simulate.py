@@ -18,10 +18,10 @@ from torch import Tensor, fx
 from autotp.axis import Axis, run_ranks
 from autotp.grid import Coords, Grid
 from autotp.layouts import I, Layout, P, assemble, take_shard
-from autotp.passes.codegen import emit
+from autotp.passes.capture.regions import fold_regions
+from autotp.passes.emit.codegen import emit
 from autotp.passes.network import Network
 from autotp.passes.program import Program
-from autotp.passes.regions import fold_regions
 from autotp.plan import Plan
 
 Execute = Callable[[int, fx.GraphModule, Sequence[Tensor]], Sequence[Any]]

@@ -24,13 +24,13 @@ from torch import nn
 from autotp.axis import Axis
 from autotp.cost_model.cluster import dgx_a100
 from autotp.grid import Grid, as_grid
-from autotp.passes.capture import capture
-from autotp.passes.codegen import emit
+from autotp.passes.capture.model import capture
+from autotp.passes.emit.codegen import emit
 from autotp.passes.factors import Factors, infer_factors
 from autotp.passes.network import Network, read_network
 from autotp.passes.planning import read_plan
 from autotp.passes.program import Program
-from autotp.passes.search import solve
+from autotp.passes.search.solve import solve
 from autotp.passes.strategies import build_model
 
 LAYERS = (2, 6, 12, 24, 48, 96)

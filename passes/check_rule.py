@@ -35,7 +35,7 @@ from autotp.layouts import (
     take_shard,
 )
 from autotp.passes.choices import Strategy, Typing, strategies_of
-from autotp.passes.codegen import emit
+from autotp.passes.emit.codegen import emit
 from autotp.passes.factors import Factors, infer_factors
 from autotp.passes.network import Network, Op, read_network
 from autotp.passes.program import InputGuards, OutputSpec, Program

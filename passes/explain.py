@@ -14,8 +14,8 @@ import numpy as np
 
 from autotp.errors import BudgetError
 from autotp.notation import choice_text
-from autotp.passes.problem import restrict
-from autotp.passes.search import Solution, solve
+from autotp.passes.search.problem import restrict
+from autotp.passes.search.solve import Solution, solve
 from autotp.passes.strategies import Model
 from autotp.plan import Alternative, Plan
 

@@ -34,11 +34,11 @@ from autotp.passes.pins import (
     refuse_misfits,
 )
 from autotp.passes.pricing import RESULT, Table, needed_positions, typing_of, whole_flops
-from autotp.passes.problem import Problem
 from autotp.passes.program import Program
 from autotp.passes.requirements import requirements
 from autotp.passes.schedule import needs_of, schedule
-from autotp.passes.search import SMALLEST, Solution, smallest, solve
+from autotp.passes.search.problem import Problem
+from autotp.passes.search.solve import SMALLEST, Solution, smallest, solve
 from autotp.passes.strategies import Limits, Model, build_model
 from autotp.passes.traffic import internal_traffic
 from autotp.plan import Decision, Memory, Plan, Resting

@@ -38,7 +38,7 @@ from autotp.passes.pricing import (
     saved_positions,
     typing_of,
 )
-from autotp.passes.problem import Problem
+from autotp.passes.search.problem import Problem
 
 OUTPUT = -1
 """Stands among a value's readers for the program's result."""

@@ -38,9 +38,9 @@ from autotp import (
 from autotp.check import prepare
 from autotp.errors import RuleError
 from autotp.grid import Grid, as_grid
-from autotp.passes import codegen, move_calls
 from autotp.passes.check_rule import _strategies as all_strategies
 from autotp.passes.check_rule import check_rule, example_of
+from autotp.passes.emit import codegen, move_calls
 from autotp.passes.rules import find, rows
 from autotp.passes.rules.table import _TABLE
 from tests.fuzz.program import Line, Program

@@ -12,7 +12,7 @@ from autotp.cost_model.cluster import bandwidth_bound
 from autotp.passes import strategies
 from autotp.passes.moves import Moves
 from autotp.passes.planning import read_plan
-from autotp.passes.search import Solution, solve
+from autotp.passes.search.solve import Solution, solve
 from autotp.passes.strategies import build_model
 
 TRIES = 100

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FOLDERS = {"autotp": "autotp", "passes": "autotp.passes", "cost_model": "autotp.cost_model"}
 
-WORDS = {"dynamic", "errors", "grid", "layouts", "progress", "sizes", "version"}
+WORDS = {"dynamic", "errors", "grid", "layouts", "options", "progress", "sizes", "version"}
 PLANS = {
     "coverage",
     "formula",

@@ -12,7 +12,7 @@ from autotp import collectives, simulate
 from autotp.check import compare
 from autotp.cost_model.cluster import bandwidth_bound
 from autotp.errors import AutotpError, PlanError
-from autotp.passes.capture import capture
+from autotp.passes.capture.model import capture
 from autotp.passes.rules import table
 from tests.models import bert, gpt2, mlp, nanogpt
 

@@ -15,7 +15,7 @@ from autotp.cost_model import closed_forms as cf
 from autotp.cost_model.closed_forms import a, b, c, h, p, q, r, s, sent_volume
 from autotp.cost_model.cluster import bandwidth_bound
 from autotp.grid import as_grid
-from autotp.passes.capture import capture
+from autotp.passes.capture.model import capture
 from autotp.passes.factors import infer_factors
 from autotp.passes.network import read_network
 from autotp.passes.planning import search_plan

@@ -15,7 +15,7 @@ from autotp.cost_model.cluster import bandwidth_bound
 from autotp.dynamic import Dynamic, DynamicDim, DynamicSplit
 from autotp.errors import CaptureError, InputError
 from autotp.grid import as_grid
-from autotp.passes.codegen import emit
+from autotp.passes.emit.codegen import emit
 from autotp.passes.planning import search_plan
 from autotp.plan import Plan
 from tests.models import build

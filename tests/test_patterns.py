@@ -15,7 +15,7 @@ from autotp.check import compare, prepare
 from autotp.cost_model.cluster import bandwidth_bound
 from autotp.errors import CaptureError
 from autotp.grid import as_grid
-from autotp.passes.capture import capture
+from autotp.passes.capture.model import capture
 from autotp.passes.planning import search_plan
 from tests.random_plans import random_plan
 

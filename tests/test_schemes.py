@@ -11,11 +11,11 @@ from autotp import schemes
 from autotp.cost_model.cluster import bandwidth_bound, by_name
 from autotp.errors import PinError
 from autotp.grid import as_grid
-from autotp.passes.capture import capture
+from autotp.passes.capture.model import capture
+from autotp.passes.emit.verify import verify
 from autotp.passes.factors import infer_factors
 from autotp.passes.network import read_network
 from autotp.passes.planning import search_plan
-from autotp.passes.verify import verify
 from autotp.simulate import run_grid
 from tests.blocks import Blocks
 

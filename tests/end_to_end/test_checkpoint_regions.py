@@ -20,9 +20,9 @@ from autotp.check import compare, prepare, take_step
 from autotp.cost_model.cluster import bandwidth_bound
 from autotp.errors import CaptureError
 from autotp.grid import as_grid
-from autotp.passes.capture import capture
+from autotp.passes.capture.model import capture
+from autotp.passes.capture.regions import fold_regions
 from autotp.passes.planning import search_plan
-from autotp.passes.regions import fold_regions
 from tests.end_to_end.models import CLUSTER, assert_near, gpt2, gradients, loss_of, tokens
 from tests.end_to_end.on_ranks import on_ranks
 from tests.random_plans import random_plan

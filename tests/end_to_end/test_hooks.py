@@ -12,7 +12,7 @@ import autotp
 from autotp.check import compare, prepare
 from autotp.errors import CaptureError
 from autotp.grid import as_grid
-from autotp.passes.capture import capture
+from autotp.passes.capture.model import capture
 from tests.end_to_end.models import CLUSTER, assert_near, gradients
 from tests.end_to_end.on_ranks import on_ranks
 from tests.random_plans import random_plan

@@ -14,8 +14,8 @@ from autotp.check import compare, prepare
 from autotp.errors import AutotpError, CaptureError, RuntimeStateError
 from autotp.grid import as_grid
 from autotp.layouts import Shard
-from autotp.passes.capture import capture
-from autotp.passes.codegen import emit
+from autotp.passes.capture.model import capture
+from autotp.passes.emit.codegen import emit
 from autotp.reference import SEED
 from autotp.simulate import local_params, placeholder_values
 from tests import models

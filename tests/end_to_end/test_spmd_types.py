@@ -27,8 +27,8 @@ from autotp import layouts as ours
 from autotp.api import as_grid
 from autotp.axis import dist_axes
 from autotp.layouts import Shard, kind, local_shape
-from autotp.passes.capture import capture
-from autotp.passes.codegen import emit
+from autotp.passes.capture.model import capture
+from autotp.passes.emit.codegen import emit
 from autotp.passes.factors import infer_factors
 from autotp.passes.network import read_network
 from autotp.passes.planning import search_plan

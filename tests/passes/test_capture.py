@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from autotp.errors import CaptureError, InputError
-from autotp.passes.capture import capture
+from autotp.passes.capture.model import capture
 
 transformers = pytest.importorskip("transformers")
 

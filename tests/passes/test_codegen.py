@@ -10,12 +10,12 @@ from autotp.axis import run_ranks
 from autotp.cost_model.cluster import gloo_loopback
 from autotp.errors import LayoutError
 from autotp.grid import as_grid
-from autotp.passes.capture import capture
-from autotp.passes.codegen import emit, program_nodes
+from autotp.passes.capture.model import capture
+from autotp.passes.emit.codegen import emit, program_nodes
+from autotp.passes.emit.verify import verify
 from autotp.passes.factors import infer_factors
 from autotp.passes.network import read_network
 from autotp.passes.planning import search_plan
-from autotp.passes.verify import verify
 
 
 class Mlp(nn.Module):

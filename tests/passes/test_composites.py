@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from autotp.check import compare, prepare
 from autotp.errors import CaptureError
 from autotp.grid import as_grid
-from autotp.passes.capture import capture
+from autotp.passes.capture.model import capture
 from tests.random_plans import random_plan
 
 

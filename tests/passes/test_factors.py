@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from autotp.passes.capture import capture
+from autotp.passes.capture.model import capture
 from autotp.passes.factors import infer_factors
 from autotp.passes.network import read_network
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from autotp.errors import BudgetError
-from autotp.passes.dominance import factors_of, reduce_to_core, undominated
-from autotp.passes.elimination import plan_elimination
-from autotp.passes.ilp import solve_ilp
-from autotp.passes.search import Problem, solve
+from autotp.passes.search.dominance import factors_of, reduce_to_core, undominated
+from autotp.passes.search.elimination import plan_elimination
+from autotp.passes.search.ilp import solve_ilp
+from autotp.passes.search.solve import Problem, solve
 
 
 def random_problem(seed, variables=6, choices=4, density=0.5, unreachable=0.15):

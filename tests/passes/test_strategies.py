@@ -12,7 +12,7 @@ from autotp.cost_model.cluster import gloo_loopback
 from autotp.errors import BudgetError, PinError
 from autotp.grid import as_grid
 from autotp.layouts import I, P, R, Shard
-from autotp.passes.capture import capture
+from autotp.passes.capture.model import capture
 from autotp.passes.factors import infer_factors
 from autotp.passes.moves import Moves
 from autotp.passes.network import read_network

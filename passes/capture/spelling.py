@@ -12,9 +12,9 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
-from autotp.passes.composites import open_composites
-from autotp.passes.draws import dense_strides, draws, free_draws
-from autotp.passes.normalise import STRIDE_READERS, carriers, like, source, value_of
+from autotp.passes.capture.composites import open_composites
+from autotp.passes.capture.draws import dense_strides, draws, free_draws
+from autotp.passes.capture.normalise import STRIDE_READERS, carriers, like, source, value_of
 from autotp.sizes import shape_of
 
 aten = torch.ops.aten

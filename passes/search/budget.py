@@ -19,10 +19,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from autotp.errors import BudgetError
-from autotp.passes.dominance import undominated
-from autotp.passes.ilp import MAX_CELLS, cells, solve_ilp
-from autotp.passes.minimum import GAP, Found, Orders, has_gap_below, is_closed, minimise
-from autotp.passes.problem import Problem, only_memory, restrict, weigh
+from autotp.passes.search.dominance import undominated
+from autotp.passes.search.ilp import MAX_CELLS, cells, solve_ilp
+from autotp.passes.search.minimum import GAP, Found, Orders, has_gap_below, is_closed, minimise
+from autotp.passes.search.problem import Problem, only_memory, restrict, weigh
 
 MAX_PRICES = 60
 """Prices tried; some ten reach the best one."""

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from autotp.passes.dominance import factors_of, reduce_to_core, undominated
-from autotp.passes.elimination import (
+from autotp.passes.search.dominance import factors_of, reduce_to_core, undominated
+from autotp.passes.search.elimination import (
     Elimination,
     Factor,
     back_substitute,
@@ -23,8 +23,8 @@ from autotp.passes.elimination import (
     plan_elimination,
     run,
 )
-from autotp.passes.ilp import MAX_CELLS, cells, solve_ilp
-from autotp.passes.problem import Problem, restrict
+from autotp.passes.search.ilp import MAX_CELLS, cells, solve_ilp
+from autotp.passes.search.problem import Problem, restrict
 
 EASY_WORK = 2**26
 """Cells below which an elimination is run as it is: under half a second."""

@@ -24,7 +24,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from autotp.errors import CaptureError
-from autotp.passes.normalise import STRIDE_READERS
+from autotp.passes.capture.normalise import STRIDE_READERS
 from autotp.passes.rules import find
 
 aten = torch.ops.aten

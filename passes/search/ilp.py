@@ -19,7 +19,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
-from autotp.passes.problem import Problem
+from autotp.passes.search.problem import Problem
 
 MAX_NODES = 2_000
 NODE_CELLS = 300_000

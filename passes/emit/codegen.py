@@ -25,14 +25,14 @@ from autotp.layouts import (
     Shard,
     kind,
 )
-from autotp.passes.draws import draws
-from autotp.passes.move_calls import TARGETS, move_args
+from autotp.passes.capture.draws import draws
+from autotp.passes.capture.regions import note_region
+from autotp.passes.capture.size_nodes import SizeWriter, is_size
+from autotp.passes.emit.move_calls import TARGETS, move_args
+from autotp.passes.emit.sites import CALLERS, Sites, unread
 from autotp.passes.network import Network, Op, is_getitem, is_tensor, output_args, value_name
 from autotp.passes.program import Program
-from autotp.passes.regions import note_region
 from autotp.passes.rules import Call, Tensor
-from autotp.passes.sites import CALLERS, Sites, unread
-from autotp.passes.size_nodes import SizeWriter, is_size
 from autotp.plan import Decision, Plan, PlannedMove
 from autotp.randomness import RandomState
 from autotp.sizes import length_here, shape_here, varies

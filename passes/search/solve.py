@@ -11,9 +11,9 @@ import math
 import time
 from dataclasses import dataclass
 
-from autotp.passes.budget import within
-from autotp.passes.minimum import Found, Orders, minimise
-from autotp.passes.problem import Problem, only_memory
+from autotp.passes.search.budget import within
+from autotp.passes.search.minimum import Found, Orders, minimise
+from autotp.passes.search.problem import Problem, only_memory
 
 
 @dataclass(frozen=True, slots=True)

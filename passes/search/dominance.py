@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from autotp.passes.elimination import (
+from autotp.passes.search.elimination import (
     Elimination,
     Factor,
     back_substitute,
@@ -21,7 +21,7 @@ from autotp.passes.elimination import (
     plan_elimination,
     run,
 )
-from autotp.passes.problem import Problem, intern, restrict
+from autotp.passes.search.problem import Problem, intern, restrict
 
 ROUNDS = 8
 """What is dropped at one variable lets more be dropped beside it; few rounds reach the end."""

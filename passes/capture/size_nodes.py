@@ -22,7 +22,7 @@ from torch.utils._sympy import functions as torch_functions
 from autotp.axis import Axis
 from autotp.errors import CaptureError
 from autotp.layouts import chunk
-from autotp.passes.draws import is_needed
+from autotp.passes.capture.draws import is_needed
 from autotp.passes.program import VaryingDim
 from autotp.sizes import ChunkLength, Size, size, size_of
 

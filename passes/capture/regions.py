@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from torch.utils import checkpoint as torch_checkpoint
 
 from autotp.errors import CaptureError
-from autotp.passes.names import module_path, numbered
+from autotp.passes.capture.names import module_path, numbered
 from autotp.recompute import run_region
 
 REGION = "region"

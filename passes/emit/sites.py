@@ -18,9 +18,9 @@ from torch import fx
 from autotp.errors import PlanError
 from autotp.grid import Coords, Grid
 from autotp.layouts import Layout, local_ranges, splitters
-from autotp.passes.draws import dense_strides, draws
+from autotp.passes.capture.draws import dense_strides, draws
+from autotp.passes.capture.normalise import user_line
 from autotp.passes.network import read_call, tensor_slots
-from autotp.passes.normalise import user_line
 from autotp.passes.rules import Rule, find
 from autotp.random_programs import Part, Whole, exact_part, exact_sdpa
 from autotp.randomness import drawn_call, seeded_call

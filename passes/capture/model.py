@@ -24,8 +24,8 @@ from torch.utils import _pytree as pytree
 
 from autotp.dynamic import DynamicInputs
 from autotp.errors import CaptureError
-from autotp.passes.draws import hold_draws, release_draws
-from autotp.passes.export import (
+from autotp.passes.capture.draws import hold_draws, release_draws
+from autotp.passes.capture.export import (
     distinct_tensors,
     export,
     leftover_remedies,
@@ -34,9 +34,9 @@ from autotp.passes.export import (
     training_flag,
     without_cache,
 )
-from autotp.passes.hooks import refuse_hooks, without_own_hooks
-from autotp.passes.names import op_name, plan_names
-from autotp.passes.normalise import (
+from autotp.passes.capture.hooks import refuse_hooks, without_own_hooks
+from autotp.passes.capture.names import op_name, plan_names
+from autotp.passes.capture.normalise import (
     carriers,
     functionalise,
     is_mutable,
@@ -45,11 +45,11 @@ from autotp.passes.normalise import (
     user_line,
     value_of,
 )
+from autotp.passes.capture.regions import name_regions, read_regions
+from autotp.passes.capture.size_nodes import SizeWriter, is_size, write_sizes
+from autotp.passes.capture.spelling import spell
+from autotp.passes.capture.varying import export_varying, varying_dims
 from autotp.passes.program import InputGuards, OutputSpec, Program, name_leaves, type_of
-from autotp.passes.regions import name_regions, read_regions
-from autotp.passes.size_nodes import SizeWriter, is_size, write_sizes
-from autotp.passes.spelling import spell
-from autotp.passes.varying import export_varying, varying_dims
 
 aten = torch.ops.aten
 

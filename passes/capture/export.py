@@ -25,12 +25,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from autotp.errors import CaptureError
-from autotp.passes.draws import without_seeding
-from autotp.passes.functions import captured_functions
-from autotp.passes.hooks import without_gradient_hooks
-from autotp.passes.normalise import pick_line
-from autotp.passes.regions import marked_regions
-from autotp.passes.statistics import followed
+from autotp.passes.capture.draws import without_seeding
+from autotp.passes.capture.functions import captured_functions
+from autotp.passes.capture.hooks import without_gradient_hooks
+from autotp.passes.capture.normalise import pick_line
+from autotp.passes.capture.regions import marked_regions
+from autotp.passes.capture.statistics import followed
 
 # ---- before the export
 

@@ -13,8 +13,8 @@ from autotp.errors import LayoutError
 from autotp.grid import Grid
 from autotp.layouts import Layout, is_valid, kind, layout_text, may_change
 from autotp.passes.choices import AxisChoice, Typing, axis_choices
+from autotp.passes.emit.move_calls import TARGETS
 from autotp.passes.factors import Factors
-from autotp.passes.move_calls import TARGETS
 from autotp.passes.network import Network, Op
 
 

@@ -1,0 +1,1 @@
+"""A model to a program: torch.export, made functional, one spelling per meaning, no draw lost."""
