@@ -24,7 +24,7 @@ from autotp.passes.network import read_call, tensor_slots
 from autotp.passes.rules import Rule, find
 from autotp.random_programs import Part, Whole, exact_part, exact_sdpa
 from autotp.randomness import drawn_call, seeded_call
-from autotp.sizes import shape_of, varies
+from autotp.sizes import varies
 
 CALLERS = (drawn_call, exact_part, seeded_call)
 """Functions that take the op that they run before its arguments."""
@@ -113,7 +113,7 @@ def _refuse_fused(node: fx.Node) -> None:
 
 def _refuse_varying(node: fx.Node) -> None:
     """Refuse to draw a part of the original's numbers for a tensor whose sizes vary."""
-    if varies(shape_of(node.meta["val"])):
+    if any(varies(t.shape) for t in read_call(node)[0].results):
         raise PlanError(
             'rng="exact" cannot draw for sizes that vary',
             at=[(user_line(node) or node.name, str(node.target))],

@@ -165,7 +165,7 @@ def placed(call: Call) -> str:
     borders = call.operands[at]
     assert borders is not None
     many = len(borders.shape) > 1
-    numbers, row = ("... [m]", "... [k]") if many else ("...", "[k]")
+    numbers, row = ("... m", "... [k]") if many else ("...", "[k]")
     left = [row, numbers] if at == 0 else [numbers, row]
     return f"{', '.join([*left, *(row for _ in call.operands[2:])])} -> {numbers}"
 

@@ -85,6 +85,8 @@ FAMILIES = {
             (x(2, 12, 3, 5), x(2, 6, 4, 5), x(2, 6, 4, 5), x(2, 12, 3, 4), {"enable_gqa": True}),
             (x(2, 6, 3, 5), x(2, 6, 4, 5), x(2, 6, 4, 5), {"enable_gqa": True, "scale": 0.3}),
             (x(12, 3, 5), x(6, 4, 5), x(6, 4, 5), {"enable_gqa": True}),
+            (x(2, 6, 4, 5), x(2, 6, 7, 5), x(2, 6, 7, 4), mask(2, 1, 4, 7), 0.4),
+            (x(2, 4, 5, 3), x(2, 2, 5, 3), x(2, 2, 5, 3), None, 0.4, True, {"enable_gqa": True}),
         ]
     ],
     "convolution": lambda: [
@@ -166,6 +168,7 @@ FAMILIES = {
         (GROUPED, x(11, 4), x(5, 4, 6), ends(1, 2, 7, 7, 9)),
         (aten._grouped_mm.default, single(12, 8), single(4, 8, 12), ends(2, 2, 7, 12)),
         (aten._grouped_mm.default, single(4, 4, 8), single(4, 8, 12)),
+        (aten._grouped_mm.default, single(4, 4, 4), single(4, 4, 12)),
     ],
     "index": lambda: [
         (aten.embedding.default, x(12, 6), ints(12, 3, 4)),
@@ -189,6 +192,8 @@ FAMILIES = {
         (aten.scatter_reduce.two, x(4, 6), 1, ints(6, 4, 3), x(4, 3), "mean"),
         (aten.searchsorted.Tensor, c(6).sort()[0], c(4, 6)),
         (aten.searchsorted.Tensor, c(4, 6).sort()[0], c(4, 3)),
+        (aten.searchsorted.Tensor, FALLING, c(4, 5), {"sorter": torch.arange(6).flip(0)}),
+        (aten.searchsorted.Tensor, FALLING.expand(4, 6), c(4, 5), {"sorter": BACKWARDS}),
         (aten.take.default, x(4, 6), ints(24, 3)),
         (aten.take.default, x(4, 6), ints(24, 4, 6)),
         (aten.index.Tensor, x(4, 6, 2), [ints(4, 8)]),
@@ -384,11 +389,17 @@ FAMILIES = {
     "random": lambda: [
         (aten.dropout.default, x(4, 6), 0.0, True),
         (aten.dropout.default, x(4, 6), 0.5, False),
+        (aten.dropout.default, x(4, 6), 0.5, True),
         (aten.bernoulli.default, mask(4, 6).double()),
+        (aten.bernoulli.default, share(4, 6)),
         (aten.alpha_dropout.default, x(4, 6), 0.0, True),
+        (aten.alpha_dropout.default, x(4, 6), 0.5, True),
         (aten.feature_alpha_dropout.default, x(4, 6, 3), 0.0, True),
+        (aten.feature_alpha_dropout.default, x(4, 6, 3), 0.5, True),
         (aten.feature_dropout.default, x(4, 6, 3), 0.5, False),
+        (aten.feature_dropout.default, x(4, 6, 3), 0.5, True),
         (aten.native_dropout.default, x(4, 6), 0.5, False),
+        (aten.native_dropout.default, x(4, 6), 0.5, True),
     ],
     "recurrent": lambda: [
         (aten.gru.input, x(3, 4, 5), x(1, 4, 2), GRU, True, 1, 0.0, True, False, False),
@@ -512,6 +523,7 @@ FAMILIES = {
         (aten.split_with_sizes.default, x(3, 24), [12, 6, 6], -1),
         (aten.split_with_sizes.default, x(8, 3), [6, 2]),
         (aten.squeeze.default, x(2, 1, 6)),
+        (aten.squeeze.default, x(3, 1, 2)),
         (aten.squeeze.dim, x(2, 1, 6), 1),
         (aten.squeeze.dim, x(2, 3, 6), 0),
         (aten.squeeze.dims, x(2, 1, 6, 1), [1, -1]),
@@ -568,7 +580,9 @@ FAMILIES = {
         (aten.max_pool3d.default, x(4, 6, 4, 4, 4), [2, 2, 2]),
         (aten.max_pool3d_with_indices.default, x(4, 6, 4, 4, 4), [2, 2, 2]),
         (aten.max_unpool2d.default, x(4, 6, 2, 2), PLACES.expand(4, 6, 2, 2), [4, 4]),
+        (aten.max_unpool2d.default, x(4, 6, 1, 1).expand(4, 6, 2, 2), ints(1, 4, 6, 2, 2), [4, 4]),
         (aten.max_unpool3d.default, x(4, 6, 1, 2, 2), PLACES.expand(4, 6, 1, 2, 2), *SPREAD),
+        (aten.max_unpool3d.default, ALIKE, ints(1, 4, 6, 2, 2, 2), *TWICE),
         (aten.pixel_shuffle.default, x(4, 24, 2, 3), 2),
         (aten.pixel_shuffle.default, x(12, 6, 4), 2),
         (aten.pixel_unshuffle.default, x(4, 3, 4, 8), 2),
@@ -598,6 +612,10 @@ DRAWN = share(4, 6, 2).detach()
 CUBES = [[2, 2, 2], [2, 2, 2]]
 PLACES = torch.tensor([[0, 3], [9, 14]])
 SIGNS = torch.tensor([1.0, -1.0, 1.0, -1.0]).double()
+ALIKE = x(4, 6, 1, 1, 1).expand(4, 6, 2, 2, 2)
+TWICE = [[4, 4, 4], [2, 2, 2], [0, 0, 0]]
+FALLING = c(6).sort(descending=True)[0]
+BACKWARDS = torch.arange(6).flip(0).expand(4, 6)
 SPREAD = [[1, 4, 4], [1, 2, 2], [0, 0, 0]]
 UPSAMPLE_LINES = [aten.upsample_nearest1d.vec, aten._upsample_nearest_exact1d.vec]
 UPSAMPLE_PLANES = [aten.upsample_nearest2d.vec, aten._upsample_nearest_exact2d.vec]
