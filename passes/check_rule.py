@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import operator
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,30 +23,28 @@ from torch.utils import _pytree as pytree
 
 from autotp.axis import Axis, run_ranks
 from autotp.errors import RuleError
-from autotp.grid import Coords, Grid
+from autotp.grid import Grid
 from autotp.layouts import (
-    AxisType,
-    I,
     Layout,
     P,
-    R,
-    assemble,
     layout_text,
-    local_shape,
-    take_shard,
 )
 from autotp.passes.choices import Strategy, Typing, strategies_of
 from autotp.passes.emit.codegen import emit
 from autotp.passes.factors import Factors, infer_factors
 from autotp.passes.network import Network, Op, read_network
+from autotp.passes.pieces import (
+    Mismatch,
+    Pieces,
+    dual,
+    is_close,
+    is_roughly_close,
+    mismatches,
+    pieces_of,
+)
 from autotp.passes.program import InputGuards, OutputSpec, Program
 from autotp.passes.rules import Rule
 from autotp.plan import Decision, Memory, Plan, Resting
-
-Pieces = Mapping[Coords, Tensor]
-Closeness = Callable[[Tensor, Tensor], Tensor]
-Mismatch = tuple[str, str]
-"""Where, and what is wrong there."""
 
 LINES = (Grid(("col",), (2,)), Grid(("col",), (3,)))
 GRIDS = (Grid(("row", "col"), (2, 2)), Grid(("row", "col"), (2, 3)))
@@ -241,15 +239,15 @@ def _prove(example: Example, strategy: Strategy, grid: Grid) -> None:
         fact = f"{type(error).__name__}: {error}"
         raise _refuted(op, strategy, grid, [("a rank", fact)]) from error
     problems: list[Mismatch] = []
-    close = _is_close if example.is_precise else _is_roughly_close
+    close = is_close if example.is_precise else is_roughly_close
     for k, (v, layout) in enumerate(results.items()):
         if P in layout and example.results[v].dtype is torch.bool:
             problems.append((f"result {k}", "a bool is no term of a sum"))
-        problems += _mismatches(f"result {k}", made[v], example.results[v], layout, grid, close)
+        problems += mismatches(f"result {k}", made[v], example.results[v], layout, grid, close)
     for k, (v, layout) in enumerate(operands.items()):
         if v in example.gradients:
             what, whole = f"gradient of operand {k}", example.gradients[v]
-            problems += _mismatches(what, grads[v], whole, dual(layout), grid, close)
+            problems += mismatches(what, grads[v], whole, dual(layout), grid, close)
     if problems:
         raise _refuted(op, strategy, grid, problems)
 
@@ -337,70 +335,3 @@ def _plan(example: Example, strategy: Strategy, operands: Mapping[str, Layout], 
         lower_bound_s=0.0,
         search_s=0.0,
     )
-
-
-# Pieces ------------------------------------------------------------------------------------------
-
-
-def dual(layout: Layout) -> Layout:
-    """Return the layout of a value's gradient: R and P are each other's, S and I their own."""
-    swapped: dict[AxisType, AxisType] = {R: P, P: R}
-    return tuple(swapped.get(t, t) for t in layout)
-
-
-def pieces_of(whole: Tensor, layout: Layout, grid: Grid) -> Pieces:
-    """Cut `whole` into what each rank holds; the terms of a partial are random and sum to it."""
-    plain = tuple(I if t is P else t for t in layout)
-    pieces = {c: take_shard(whole, plain, grid, c) for c in grid.all_coords()}
-    for axis, t in enumerate(layout):
-        if t is P:
-            pieces = _in_terms(pieces, axis, grid)
-    return {c: pieces[_first_copy(c, layout)] for c in pieces}
-
-
-def _in_terms(pieces: Pieces, axis: int, grid: Grid) -> dict[Coords, Tensor]:
-    """Replace equal pieces along an axis by random terms with that sum."""
-    out: dict[Coords, Tensor] = {}
-    for coords, piece in pieces.items():
-        if coords[axis]:
-            continue
-        others = [(*coords[:axis], k, *coords[axis + 1 :]) for k in range(1, grid.sizes[axis])]
-        terms = {c: _random_like(piece) for c in others}
-        out |= terms | {coords: piece - sum(terms.values())}
-    return {c: out[c] for c in pieces}
-
-
-def _random_like(x: Tensor) -> Tensor:
-    drawn = x.is_floating_point() or x.is_complex()
-    return torch.randn_like(x) if drawn else torch.randint_like(x, -9, 9)
-
-
-def _first_copy(coords: Coords, layout: Layout) -> Coords:
-    return tuple(0 if t in (R, I) else c for c, t in zip(coords, layout, strict=True))
-
-
-def _mismatches(
-    what: str, pieces: Pieces, whole: Tensor, layout: Layout, grid: Grid, close: Closeness
-) -> Iterator[Mismatch]:
-    """Yield the first reason why `pieces` are not `whole` under `layout`."""
-    for coords, piece in pieces.items():
-        shape = local_shape(whole.shape, layout, grid, coords)
-        if tuple(piece.shape) != shape or piece.dtype != whole.dtype:
-            yield what, f"rank {coords}: {piece.dtype} {list(piece.shape)}, wanted {list(shape)}"
-            return
-        if not close(piece, pieces[_first_copy(coords, layout)]).all():
-            yield what, f"rank {coords} differs from its copies"
-            return
-    joined = assemble(pieces, whole.shape, layout, grid)
-    wrong = (~close(joined, whole)).nonzero()
-    if len(wrong):
-        at = tuple(wrong[0].tolist())
-        yield what, f"{joined[at].item():.6g}, wanted {whole[at].item():.6g}, at {list(at)}"
-
-
-def _is_close(a: Tensor, b: Tensor) -> Tensor:
-    return torch.isclose(a, b, rtol=1e-9, atol=1e-10, equal_nan=a.is_floating_point())
-
-
-def _is_roughly_close(a: Tensor, b: Tensor) -> Tensor:
-    return torch.isclose(a, b, rtol=1e-4, atol=1e-4, equal_nan=a.is_floating_point())

@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 
 from autotp.grid import Grid
 from autotp.layouts import I, P, shard
-from autotp.passes.check_rule import pieces_of
+from autotp.passes.pieces import pieces_of
 
 PAIR = Grid(("col",), (2,))
 

@@ -10,8 +10,9 @@ import torch
 from autotp.axis import run_ranks
 from autotp.grid import Grid
 from autotp.layouts import P, assemble, take_shard
-from autotp.passes.check_rule import _plan, _strategies, example_of, pieces_of
-from autotp.passes.codegen import emit
+from autotp.passes.check_rule import _plan, _strategies, example_of
+from autotp.passes.emit.codegen import emit
+from autotp.passes.pieces import pieces_of
 
 aten = torch.ops.aten
 GRIDS = (Grid(("col",), (2,)), Grid(("row", "col"), (2, 2)))
