@@ -68,7 +68,7 @@ class Subject:
     """A captured model with the step that every plan of it must reproduce.
 
     backward   the gradients that are sent back from the outputs
-    jitter     how far each tensor moves when parameters and inputs are rounded anew
+    jitter     how far each tensor moves when parameters, inputs and gradients are rounded anew
     captured   how far the captured graph is from the original: where dropout makes it stand
                between, or where it is off
     """
@@ -123,7 +123,7 @@ def prepare(
             turn_off(program)
             reference = whole = captured_step(program, state, inputs, backward)
         nudged, nudged_inputs = nudge(state, inputs, rounding.eps)
-        moved = captured_step(program, nudged, nudged_inputs, backward)
+        moved = captured_step(program, nudged, nudged_inputs, backward, rounding.eps)
         jitter = {(d.kind, d.name): d.error for d in between_steps(program, whole, moved)}
         captured = tuple(replace(d, jitter=jitter[d.kind, d.name]) for d in captured)
         if not dropout:  # the ranks stand beside the original themselves

@@ -27,7 +27,8 @@ class Difference:
 
     kind    "output", "loss", "gradient", "parameter", "buffer", or "captured ..." for the graph
             beside the original
-    jitter  how far the original's own tensor moves when its data are rounded anew
+    jitter  how far the original's own tensor moves when its data, and the gradients that are
+            summed into it, are rounded anew
     """
 
     kind: str

@@ -21,7 +21,7 @@ from autotp.grid import Grid
 from autotp.layouts import AxisType, Layout, P, R, layout_text
 from autotp.passes.network import is_getitem, value_name
 from autotp.passes.program import Program
-from autotp.reference import SEED
+from autotp.reference import SEED, raise_gradient
 from autotp.simulate import Execute, differences, run_backward
 
 DUAL: dict[AxisType, AxisType] = {R: P, P: R}
@@ -31,11 +31,14 @@ Values = dict[str, Tensor]
 
 
 class Recorder(fx.Interpreter):
-    """Run a graph and keep the value of every node, with its gradient where it carries one."""
+    """Run a graph and keep the value of every node, with its gradient where it carries one.
 
-    def __init__(self, module: fx.GraphModule, values: Values) -> None:
+    With `eps` gradients are rounded anew on their way, see `reference.raise_gradient`.
+    """
+
+    def __init__(self, module: fx.GraphModule, values: Values, eps: float = 0.0) -> None:
         super().__init__(module)
-        self.values = values
+        self.values, self.eps = values, eps
 
     def run_node(self, node: fx.Node) -> Any:
         """Run one node; a result that is an operand itself becomes a view with its own gradient."""
@@ -45,6 +48,7 @@ class Recorder(fx.Interpreter):
                 out = out.view_as(out)
             if out.requires_grad:
                 out.retain_grad()
+                raise_gradient(out, self.eps)
             self.values[node.name] = out
         return out
 
@@ -53,7 +57,7 @@ class Recorder(fx.Interpreter):
 class _Runs:
     """What all ranks recorded, the original's values by name, and the graph they ran.
 
-    `nudged` are the original's values when its data are rounded anew.
+    `nudged` are the original's values when its data and gradients are rounded anew.
     """
 
     program: Program
@@ -91,19 +95,23 @@ def first_divergence(
         run_ranks(execute)
     if not modules:
         return None
-    original, moved = (record_original(program, p, backward) for p in (placeholders, nudged))
+    original = record_original(program, placeholders, backward)
+    moved = record_original(program, nudged, backward, tolerance.eps)
     graph = modules[min(modules)].graph
     runs = _Runs(program, grid, ranks, original, moved, graph, tolerance)
     return forward_divergence(runs) or backward_divergence(runs)
 
 
 def record_original(
-    program: Program, placeholders: Sequence[Tensor], backward: Sequence[Tensor | None]
+    program: Program,
+    placeholders: Sequence[Tensor],
+    backward: Sequence[Tensor | None],
+    eps: float = 0.0,
 ) -> Values:
     """Run the captured graph forward and backward; return its values by name."""
     values: Values = {}
     torch.manual_seed(SEED)
-    outputs = Recorder(program.graph_module, values).run(*placeholders)
+    outputs = Recorder(program.graph_module, values, eps).run(*placeholders)
     run_backward(outputs, backward)
     nodes = {n.name: n for n in program.graph.nodes}
     return {value_name(nodes[name]): t for name, t in values.items()}

@@ -3,6 +3,7 @@
     original_step   the model itself, on a copy: forward, backward, SGD
     captured_step   the captured graph, run whole
     nudge           the same data rounded anew: how far results move says what rounding may do
+    _Rounded        the same for every gradient on its way back
 
 Where dropout is active the original draws masks that no split program repeats: then the captured
 graph is held beside the original under one seed, dropout is turned off in the graph (`turn_off`),
@@ -77,11 +78,16 @@ def captured_step(
     state: Mapping[str, Tensor],
     inputs: Sequence[Tensor],
     backward: Cotangents,
+    eps: float = 0.0,
 ) -> Step:
-    """Run the captured graph, whole, as the original was run."""
+    """Run the captured graph, whole, as the original was run.
+
+    With `eps` every gradient on its way back is moved by that share of itself, see `_Rounded`.
+    """
     params, own = leaf_params(program, state), leaves(inputs)
     torch.manual_seed(SEED)
-    values = _InOrder(program.graph_module).run(*placeholder_values(program, params, state, own))
+    graph = _Rounded(program.graph_module, eps) if eps else _InOrder(program.graph_module)
+    values = graph.run(*placeholder_values(program, params, state, own))
     run_backward(values, backward)
     count = len(program.outputs)
     written = dict(zip(program.mutations.values(), values[count:], strict=True))
@@ -99,6 +105,32 @@ class _InOrder(fx.Interpreter):
             for operand in n.all_input_nodes:
                 self.env[operand] = _in_order(self.env[operand], operand.meta["val"])
         return super().run_node(n)
+
+
+class _Rounded(_InOrder):
+    """Run a captured graph whose gradients all move up by `eps` of their own size.
+
+    A sum of n gradients g then moves by eps (|g_1| + ... + |g_n|), the bound of what adding them up
+    may round, also where they cancel: the gradient of a bias that shifts every logit alike is zero
+    in exact arithmetic, and data rounded anew may leave its rounding as it was.
+    Source: Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 4.2.
+    """
+
+    def __init__(self, module: fx.GraphModule, eps: float) -> None:
+        super().__init__(module)
+        self.eps = eps
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.op == "call_function" and isinstance(value, Tensor):
+            raise_gradient(value, self.eps)
+        return value
+
+
+def raise_gradient(value: Tensor, eps: float) -> None:
+    """Let the gradient that comes back to `value`, if any, move up by `eps` of its own size."""
+    if eps and value.requires_grad:
+        value.register_hook(lambda g: g + eps * g.abs())  # type: ignore[no-untyped-call]
 
 
 def _in_order(x: Any, like: Any) -> Any:

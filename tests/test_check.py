@@ -91,6 +91,43 @@ def test_a_check_that_proves_little_says_so():
     assert "bfloat16 is too coarse" in checked((model.bfloat16(), inputs)).notes[0]
 
 
+class Shifted(nn.Module):
+    """Its shift moves every logit alike: a gradient of rounding alone. `faint` has a small one."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.norm, self.down = nn.Linear(8, 12), nn.BatchNorm1d(12), nn.Linear(12, 6)
+        self.shift, self.faint = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.ones(12))
+
+    def forward(self, x, y):
+        h = F.gelu(self.norm(self.up(x)))
+        loss = F.cross_entropy(self.down(h) + self.shift, y)
+        return loss + (h * self.faint).square().mean() * 1e-7
+
+
+def shifted(seed):
+    torch.manual_seed(seed)
+    return Shifted(), dict(x=torch.randn(12, 8), y=torch.randint(6, (12,)))
+
+
+@pytest.mark.parametrize("grid", ((2, 2), (1, 4), (4, 1)))
+@pytest.mark.parametrize("seed", (10, 11))
+def test_a_gradient_of_rounding_alone_is_no_difference(seed, grid):
+    report = checked(shifted(seed), grid)
+    shift = next(d for d in report.differences if (d.kind, d.name) == ("gradient", "shift"))
+    assert report.ok and shift.largest < 1e-6
+
+
+def test_a_small_gradient_that_is_wrong_is_found(monkeypatch):
+    def is_place(node):
+        return node.target is ATEN.mul.Tensor and 1e-7 in node.args
+
+    plant(monkeypatch, is_place, lambda node: node.update_arg(1, 1.001e-7))
+    report = checked(shifted(10))
+    wrong = {d.name for d in report.differences if d.relative(report.tolerance) > 1e-4}
+    assert not report.ok and wrong == {"faint"}
+
+
 def test_a_plan_is_checked_and_must_belong_to_the_model():
     model, inputs = mlp()
     plan = autotp.plan(model, (2, 2), inputs, cluster=CHIPS)
