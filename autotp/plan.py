@@ -39,6 +39,7 @@ class Decision:
     shapes    the whole shapes of its results; `dims` their dims by name; `dtype` of the first
     free      says that it only renames what it reads, as views do
     flops     of its products on whole tensors, forward
+    region    the region under torch.utils.checkpoint in which backward computes it again, if any
     """
 
     name: str
@@ -58,6 +59,7 @@ class Decision:
     where: str = ""
     free: bool = False
     flops: int = 0
+    region: str = ""
 
     @property
     def factors(self) -> dict[str, str]:

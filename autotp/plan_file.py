@@ -14,7 +14,7 @@ from autotp.grid import Grid
 from autotp.layouts import layout_text, parse_layout
 from autotp.plan import Decision, Memory, Plan, PlannedMove, Resting
 
-VERSION = 2
+VERSION = 3
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
@@ -73,6 +73,7 @@ def _decision_data(d: Decision) -> dict[str, Any]:
         "where": d.where,
         "free": d.free,
         "flops": d.flops,
+        "region": d.region,
     }
 
 
@@ -153,6 +154,7 @@ def _read_decision(d: Mapping[str, Any], axes: tuple[str, ...]) -> Decision:
         where=d["where"],
         free=d["free"],
         flops=d["flops"],
+        region=d["region"],
     )
 
 

@@ -34,6 +34,9 @@ NICKNAMES = {"scaled_dot_product_attention": "sdpa"}
 FOLDED = 3
 """Ops in a row that are worth one row together."""
 
+AGAIN = "again in backward"
+"""The mark of an op that lies in a checkpoint region."""
+
 LOCAL = frozenset({"none", "slice", "pad", "keep_one"})
 
 CALLS = {
@@ -202,7 +205,7 @@ def _likeness(page: _Page, d: Decision) -> tuple[object, ...] | None:
     """Return what ops that share a row have in common, None for an op that stands alone."""
     if d.name in page.placed or len(d.makes) > 1 or any(v in page.params for v in d.reads):
         return None
-    return d.name.rpartition(".")[0], d.choices, d.results, d.shapes, d.dtype
+    return d.name.rpartition(".")[0], d.choices, d.results, d.shapes, d.dtype, d.region
 
 
 def _rows(page: _Page, run: tuple[Decision, ...]) -> Iterator[Row]:
@@ -237,7 +240,7 @@ def _op_row(page: _Page, run: tuple[Decision, ...]) -> Row:
     type_ += f" x {len(d.makes)}" if len(d.makes) > 1 else ""
     choice, grid = choice_text(d, page.plan.grid), page.plan.grid
     dims = dims_text(d.dims[0], d.shapes[0], d.results[0], grid, page.sizes)
-    return Row(name, type_, call, choice, price, dims)
+    return Row(name, type_, call, choice, price, f"{dims}  {AGAIN}" if d.region else dims)
 
 
 def _verb(d: Decision) -> str:

@@ -135,6 +135,7 @@ def _signature(
             (
                 d.name.removeprefix(prefix),
                 (d.op, d.choices, d.split, d.operands, d.results, d.shapes, d.dtype),
+                d.region.removeprefix(prefix),
                 tuple(slots[v] for v in d.reads),
                 tuple(_move_signature(m, slots) for m in placed.get(d.name, ())),
                 tuple(row[1:] for row in plan.internal if row[0] == d.name),

@@ -77,6 +77,7 @@ def _totals(plan: Plan) -> list[str]:
         ("layer", _layer_text(plan)),
         ("memory", memory_text(plan.memory)),
         ("split", str(plan.coverage()) if plan.grid.world_size > 1 else ""),
+        ("again", _again_text(plan)),
         ("dynamic", plan.dynamic.text()),
         ("unruled", ", ".join(f"{op} x {n}, run whole" for op, n in plan.unruled)),
     ]
@@ -112,6 +113,13 @@ def _layer_text(plan: Plan) -> str:
     sizes = symbol_sizes(plan, layer_only=True)
     where = ", ".join(f"{symbol}={n}" for symbol, n in sizes.items())
     return f"{formula_text(formula)} elements sent in each of {layer.name} ({where})"
+
+
+def _again_text(plan: Plan) -> str:
+    """Name the checkpoint regions, which backward computes again, layers that are alike once."""
+    layers = [s for s in sections(plan, place_moves(plan)) if s.name]
+    names = dict.fromkeys(_pattern(f"{d.region}.", layers)[:-1] for d in plan if d.region)
+    return f"{', '.join(names)}: computed again in backward (checkpoint)" if names else ""
 
 
 # Explanations ------------------------------------------------------------------------------------

@@ -267,6 +267,7 @@ def _decision(
         where=program.where.get(op.name, ""),
         free=op.rule.free,
         flops=whole_flops(op),
+        region=op.region,
     )
 
 

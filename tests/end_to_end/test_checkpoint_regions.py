@@ -1,6 +1,7 @@
 """Regions under torch.utils.checkpoint: recomputed on every rank, and priced as that."""
 
 import copy
+import re
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -133,6 +134,23 @@ def test_a_plan_of_regions_keeps_less_and_takes_longer():
         plans[call] = search_plan(s.program, s.network, s.factors, as_grid((1, 2)), CHIPS).plan
     assert plans["kept"].memory.activations < 0.7 * plans["plain"].memory.activations
     assert plans["kept"].step_time_s > plans["plain"].step_time_s
+
+
+def test_a_plan_shows_what_is_computed_again_and_keeps_it(tmp_path):
+    texts = {}
+    for call in ("plain", "kept"):
+        s = subject_of(call)
+        plan = search_plan(s.program, s.network, s.factors, as_grid((1, 2)), CHIPS).plan
+        plan.save(tmp_path / call)
+        loaded = autotp.plan_file.load(tmp_path / call)
+        assert loaded == plan and {d.region for d in loaded} == {d.region for d in plan}
+        texts[call] = str(loaded)
+    again = [line for line in texts["kept"].splitlines() if "again in backward" in line]
+    *ops, total = again
+    assert "again" not in texts["plain"]
+    assert ops and not any(re.match(" *(stem|head)", line) for line in ops)
+    assert any(re.match(" *norm:.*layer_norm", line) for line in ops)
+    assert re.fullmatch(r"  again    blocks.*: computed again in backward \(checkpoint\)", total)
 
 
 # Refused -----------------------------------------------------------------------------------------
