@@ -86,6 +86,7 @@ FAMILIES = {
             (x(2, 6, 3, 5), x(2, 6, 4, 5), x(2, 6, 4, 5), {"enable_gqa": True, "scale": 0.3}),
             (x(12, 3, 5), x(6, 4, 5), x(6, 4, 5), {"enable_gqa": True}),
             (x(2, 6, 4, 5), x(2, 6, 7, 5), x(2, 6, 7, 4), mask(2, 1, 4, 7), 0.4),
+            (x(2, 6, 4, 5), x(2, 6, 7, 5), x(2, 6, 7, 4), x(1, 6, 4, 7), 0.4, {"scale": 0.3}),
             (x(2, 4, 5, 3), x(2, 2, 5, 3), x(2, 2, 5, 3), None, 0.4, True, {"enable_gqa": True}),
         ]
     ],
@@ -390,6 +391,7 @@ FAMILIES = {
         (aten.dropout.default, x(4, 6), 0.0, True),
         (aten.dropout.default, x(4, 6), 0.5, False),
         (aten.dropout.default, x(4, 6), 0.5, True),
+        (aten.dropout.default, x(6, 4).mT, 0.5, True),
         (aten.bernoulli.default, mask(4, 6).double()),
         (aten.bernoulli.default, share(4, 6)),
         (aten.alpha_dropout.default, x(4, 6), 0.0, True),

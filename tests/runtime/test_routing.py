@@ -6,7 +6,8 @@ import torch
 from autotp.axis import run_ranks
 from autotp.grid import Grid
 from autotp.layouts import Shard, local_ranges
-from autotp.routing import exchange, owner_places
+from autotp.routing import exchange, owner_places, split_index_select
+from tests.runtime.shards import check
 from tests.runtime.test_collectives import LINE, SQUARE
 
 CUBE = Grid(("z", "row", "col"), (2, 2, 3))
@@ -39,7 +40,7 @@ def test_a_rank_may_send_and_get_nothing():
     assert [len(rows) for rows in run_ranks(LINE, one)] == [0, 4, 0]
 
 
-@pytest.mark.parametrize("size", [24, 23])
+@pytest.mark.parametrize("size", [24, 23, 13])
 def test_owners_are_those_that_hold_the_chunks(size):
     axes = run_ranks(CUBE, lambda rank, axes: tuple(axes.values()))[0]
     places = owner_places(torch.arange(size), size, axes)
@@ -49,3 +50,16 @@ def test_owners_are_those_that_hold_the_chunks(size):
             mine &= place == here
         ((low, high),) = local_ranges(size, (Shard(0),) * 3, 0, CUBE, coords)
         assert mine.nonzero().flatten().tolist() == list(range(low, high))
+
+
+@pytest.mark.parametrize("grid", [SQUARE, CUBE], ids=str)
+def test_a_lookup_whose_table_and_indices_are_split_over_all_axes(grid):
+    chunks = (Shard(0),) * len(grid.names)
+
+    def split(axes, table, index):
+        own = tuple(axes[name] for name in grid.names)
+        both = dict(split_v=own, size_v=25, split_k=own, size_k=23)
+        return split_index_select(table, 0, index, **both)
+
+    inputs = [(torch.randn(25, 3), chunks), (torch.randint(25, (23,)), chunks)]
+    check(split, lambda table, index: table.index_select(0, index), inputs, chunks, grid)
