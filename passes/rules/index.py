@@ -87,8 +87,11 @@ def index(call: Call) -> str:
 
 
 def put(call: Call) -> str:
-    """Indexed dims and those of indices are whole, the others may split; values broadcast."""
+    """Indices are whole, the other dims may split, v too, that of a lone one; values broadcast."""
     left, indices, right = indexed(call, "[{}]")
+    given = [t for t in call.arg(1) if t]
+    if len(given) == 1 and not is_mask(given[0]):
+        left = re.sub(r"\[\w+\]", "v", left)
     values = call.operands[-1]
     assert values is not None
     new = " ".join(right[len(right) - len(values.shape) :])
@@ -248,7 +251,7 @@ rule(
 rule(aten.index_copy.default, copied, linear=(0, 2), saves=(1,))
 rule(aten.index_fill.int_Scalar, copied, saves=(1,))
 rule(aten.index_fill.int_Tensor, copied, linear=(0, 2), saves=(1,))
-rule(aten.index_put.default, put)
+rule(aten.index_put.default, put, split={"v": "S"}, program=local_lookups.split_index_put)
 rule(aten.index_reduce.default, copied)
 rule(
     aten.index_select.default,
