@@ -1,6 +1,7 @@
 """Grow a random program: line by line, each run as it is written, so that shapes are known."""
 
 import random
+import re
 
 import torch
 from torch import nn
@@ -112,8 +113,13 @@ class Growth:
         old = [n for n in old if self.shape(n) == shape and self.scope[n].min() >= 0]
         old = [n for n in old if self.scope[n].max() < high]
         if old and self.rng.random() < 0.5:
-            return below(self.rng.choice(old), high)
+            return self.below(self.rng.choice(old), high)
         return self.input(f"torch.randint({high}, {list(shape)})")
+
+    def below(self, name, high):
+        """Return an int tensor below `high` whatever is drawn when the program is built."""
+        drawn = re.match(r"torch\.randint\((\d+),", self.inputs.get(name, ""))
+        return name if drawn and int(drawn[1]) <= high else f"({name} % {high})"
 
     def size(self):
         return self.rng.choice(SIZES)
@@ -160,11 +166,6 @@ def is_tame(t):
     if t.numel() > LARGEST or not t.numel():
         return False
     return not t.is_floating_point() or bool((t.abs() < WILDEST).all())
-
-
-def below(name, high):
-    """Return an int tensor whose values depend on data, kept below `high`."""
-    return name if name[0] == "x" else f"({name} % {high})"
 
 
 def broadcasts(small, large):

@@ -27,6 +27,12 @@ def test_a_seed_is_a_program():
     assert str(grow(3)) == str(grow(3)) != str(grow(4))
 
 
+def test_an_index_is_below_its_bound_whatever_is_drawn():
+    g = Growth(0)
+    name = g.input("torch.randint(9, [2])")
+    assert g.below(name, 9) == name and g.below(name, 5) == f"({name} % 5)"
+
+
 def test_every_family_can_be_written():
     unwritten, seed = set(FAMILIES), 0
     while unwritten and seed < 40:
