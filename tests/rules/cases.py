@@ -491,6 +491,7 @@ FAMILIES = {
         (aten.matrix_exp.default, x(6, 4, 2, 2)),
         (aten.stft.default, c(4, 16), 8, None, None, c(8).abs(), False, None, True),
         (aten.stft.center, c(16), 8, 4, 8, None, False, "reflect", False, None, True),
+        (aten.stft.center, c(4, 16), 8, 4, 8, c(8).abs(), False, "reflect", False, None, True),
         (aten.view_as_complex.default, c(4, 6, 2)),
         (aten.view_as_real.default, torch.complex(c(4, 6), c(4, 6))),
     ],
