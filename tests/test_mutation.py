@@ -5,7 +5,7 @@ import pytest
 from tests.mutation.equivalents import EQUIVALENT
 from tests.mutation.mutants import KINDS, mutants, verdict
 
-EVERY = {"rule": 80, "move": 8, "program": 5, "codegen": 2, "routing": 6, "ring": 4, "random": 6}
+EVERY = {"rule": 120, "move": 8, "program": 7, "codegen": 2, "routing": 6, "ring": 4, "random": 12}
 
 
 @pytest.mark.parametrize("kind", KINDS)
