@@ -29,7 +29,7 @@ test: setup
 	$(BIN)/python -m pytest $(SHARED_OUT) -m "not slow"
 
 test-all: setup
-	$(BIN)/python -m pytest $(SHARED_OUT)
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 models: setup
 	$(BIN)/python -m tests.zoo.table

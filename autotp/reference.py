@@ -129,8 +129,12 @@ class _Rounded(_InOrder):
 
 def raise_gradient(value: Tensor, eps: float) -> None:
     """Let the gradient that comes back to `value`, if any, move up by `eps` of its own size."""
+
+    def raised(grad: Tensor | None) -> Tensor | None:
+        return None if grad is None else grad + eps * grad.abs()  # one of several may have none
+
     if eps and value.requires_grad:
-        value.register_hook(lambda g: g + eps * g.abs())  # type: ignore[no-untyped-call]
+        value.register_hook(raised)  # type: ignore[no-untyped-call]
 
 
 def _in_order(x: Any, like: Any) -> Any:

@@ -269,3 +269,19 @@ def test_a_rank_that_raises_is_a_finding(monkeypatch):
     report = checked(nanogpt())
     assert not report.ok and report.problems[0].startswith("ValueError: not today; raised on")
     assert report.first.node == names[0]
+
+
+def test_a_part_whose_gradient_is_undefined_is_no_fault():
+    class Parts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.Linear(4, 12)
+
+        def forward(self, x):
+            used, cut = self.up(x).unflatten(-1, (6, 2)).unbind(-1)
+            with torch.no_grad():
+                cut = cut.abs() + 1
+            return used.square().mean() + cut.mT.repeat(3, 1).mean()
+
+    report = autotp.check(Parts().double(), (2, 2), (torch.randn(6, 4).double(),))
+    assert report.ok, report
