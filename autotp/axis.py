@@ -135,6 +135,7 @@ class DistAxis(Axis):
 
     def __init__(self, name: str, group: ProcessGroup) -> None:
         super().__init__(name, group.size(), group.rank())
+        self.group = group
         self.group_name: str = group.group_name
         self._sum_locally: bool = torch.distributed.get_backend(group) == "gloo"
 

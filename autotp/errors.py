@@ -72,6 +72,10 @@ class PlanError(AutotpError):
     """A plan that does not belong to this model, grid or shape, or cannot be read."""
 
 
+class CalibrationError(AutotpError):
+    """This machine cannot be measured, or a file of what was measured cannot be used."""
+
+
 class BudgetError(AutotpError):
     """No plan fits the memory of a rank."""
 

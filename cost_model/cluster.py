@@ -12,16 +12,25 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from autotp.errors import AutotpError
 
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """What one collective `kind` was measured to reach, where it differs from its link."""
+    """What one collective `kind` was measured to reach, where it differs from its link.
+
+    `ranks` is the size of the group it was measured on; 0 stands for any.
+    """
 
     kind: str
     latency_s: float
     bandwidth_bytes_per_s: float
+    ranks: int = 0
+
+    def __post_init__(self) -> None:
+        assert self.latency_s >= 0 and self.bandwidth_bytes_per_s > 0, self
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +52,15 @@ class Link:
     def __post_init__(self) -> None:
         assert self.latency_s >= 0 and self.bandwidth_bytes_per_s > 0, self
 
-    def rate(self, kind: str) -> Rate:
-        """Return what `kind` reaches on this link."""
+    def rate(self, kind: str, ranks: int = 0) -> Rate:
+        """Return what `kind` reaches on this link in a group of `ranks`.
+
+        Where that size was not measured, the largest below it counts, else the smallest.
+        """
         own = Rate(kind, self.latency_s, self.bandwidth_bytes_per_s)
-        return next((r for r in self.rates if r.kind == kind), own)
+        found = sorted((r for r in self.rates if r.kind == kind), key=lambda r: r.ranks)
+        below = [r for r in found if r.ranks <= ranks]
+        return (below[-1:] or found[:1] or [own])[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +68,14 @@ class Cluster:
     """Describe nodes of equal ranks: how they are linked, compute and remember.
 
     `flops_per_s` pairs a dtype's name with the rate of a large matrix product in it. `inter` is
-    the share of the node's network that one rank has.
+    the share of the node's network that one rank has. What calibration adds, where it ran:
+
+    crossings              the link of groups with so many members in each node, where measured
+    narrow_flops_per_s     by dtype, what products reach whose narrowest dim has this size
+    function_bytes_per_s   what pointwise functions such as exp and tanh read and write; 0: as
+                           fast as memory
+    overlap                share of the shorter of a collective and a product that is hidden
+                           where both run at once
     """
 
     name: str
@@ -66,9 +87,14 @@ class Cluster:
     memory_bandwidth_bytes_per_s: float
     memory_bytes: float
     op_overhead_s: float
+    crossings: tuple[tuple[int, Link], ...] = ()
+    narrow_flops_per_s: tuple[tuple[str, tuple[tuple[int, float], ...]], ...] = ()
+    function_bytes_per_s: float = 0.0
+    overlap: float = 0.0
 
     def __post_init__(self) -> None:
         assert self.ranks_per_node >= 1 and self.flops_per_s, self
+        assert 0 <= self.overlap <= 1, self
 
     def link(self, grid_sizes: Sequence[int], axis: int) -> Link:
         """Return the link of `axis`: ranks are numbered row-major, the last axes inside a node.
@@ -79,12 +105,26 @@ class Cluster:
         if stride * grid_sizes[axis] <= self.ranks_per_node:
             return self.intra
         members = max(1, self.ranks_per_node // stride)
-        return crossing(self.intra, self.inter, grid_sizes[axis], members)
+        measured = dict(self.crossings).get(members)
+        return measured or crossing(self.intra, self.inter, grid_sizes[axis], members)
 
-    def matmul_flops_per_s(self, dtype: object) -> float:
-        """Return the matmul rate of `dtype` (a name or a torch.dtype), float32's if unlisted."""
+    def matmul_flops_per_s(self, dtype: object, narrowest: int | None = None) -> float:
+        """Return the matmul rate of `dtype` (a name or a torch.dtype), float32's if unlisted.
+
+        `narrowest` is the smallest of the three dims of the product, where it is known.
+        """
         rates = dict(self.flops_per_s)
-        return rates.get(dtype_name(dtype), rates.get("float32", self.flops_per_s[0][1]))
+        name = dtype_name(dtype) if dtype_name(dtype) in rates else "float32"
+        ladder = dict(self.narrow_flops_per_s).get(name)
+        if narrowest is None or not ladder:
+            return rates.get(name, self.flops_per_s[0][1])
+        sizes, reached = zip(*ladder, strict=True)
+        return float(np.interp(math.log2(max(1, narrowest)), np.log2(sizes), reached))
+
+    @property
+    def pointwise_bytes_per_s(self) -> float:
+        """What exp, tanh and their like read and write."""
+        return self.function_bytes_per_s or self.memory_bandwidth_bytes_per_s
 
 
 def dtype_name(dtype: object) -> str:

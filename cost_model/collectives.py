@@ -66,7 +66,7 @@ def _faster(a: Amount, b: Amount) -> Amount:
 
 def _steps_s(kind: str, size_bytes: Amount, ranks: int, link: Link) -> Amount:
     """Send N/n in each of n-1 steps, ROUNDS times over."""
-    rate = link.rate(kind)
+    rate = link.rate(kind, ranks)
     step_s = size_bytes / (ranks * rate.bandwidth_bytes_per_s) + rate.latency_s
     return step_s * (ROUNDS[kind] * (ranks - 1)) + link.call_s
 
@@ -116,7 +116,7 @@ def all_to_all_reduce_scatter(size_bytes: Amount, ranks: int, link: Link) -> Amo
 
 def one_step(size_bytes: Amount, ranks: int, link: Link) -> Amount:
     """Send the whole buffer to one other rank while that of another comes in."""
-    rate = link.rate("permute")
+    rate = link.rate("permute", ranks)
     return size_bytes / rate.bandwidth_bytes_per_s + (rate.latency_s + link.call_s)
 
 

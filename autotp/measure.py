@@ -1,0 +1,267 @@
+"""Measure this machine on the live process group: what `autotp.cost_model.calibration` fits.
+
+    measure     run every job in turn, round after round, until the time is used
+    shapes_of   the groups of ranks whose collectives are timed: one of each class of link
+
+All ranks do the same at the same time, as they do in training: rates are those of a rank whose
+neighbours are busy. Jobs are interleaved, so that a burst of other work meets all of them a little
+instead of one of them badly. All ranks get rank 0's result.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from autotp.axis import DistAxis
+from autotp.cost_model.calibration import (
+    Measured,
+    Overlap,
+    ProductTiming,
+    Seconds,
+    StreamTiming,
+    typical,
+)
+from autotp.cost_model.compute import matmul_flops
+from autotp.cost_model.link_fit import Timing
+from autotp.measure_jobs import (
+    CHAIN,
+    DTYPES,
+    PILOT,
+    SLOW_FLOPS_PER_S,
+    Job,
+    collective_jobs,
+    compute_jobs,
+    overlap_jobs,
+    product_jobs,
+)
+from autotp.progress import bar
+from autotp.ranks import from_rank_0, gathered
+
+PASSES = 3
+"""An op's price counts its forward pass three times: `autotp.passes.pricing`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How long to measure, over buffers of which sizes; `others` times unused algorithms too.
+
+    At least `rounds` rounds are made, and at most ten times as many.
+    """
+
+    seconds: float
+    sizes: tuple[int, ...]
+    rounds: int = 5
+    others: bool = False
+
+
+QUICK = Effort(2.0, (2**12, 2**17, 2**19, 2**22), rounds=3)
+THOROUGH = Effort(40.0, tuple(2**k for k in range(12, 25, 2)), rounds=7, others=True)
+
+Samples = Mapping[Hashable, Seconds]
+"""The typical seconds of each job."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Groups of `ranks`, `stride` apart, with `members` in each node: all of them at once."""
+
+    stride: int
+    ranks: int
+    members: int
+
+    def group(self, rank: int) -> list[int]:
+        """Return the ranks of the group of `rank`."""
+        block = rank - rank % (self.stride * self.ranks)
+        first = block + rank % self.stride
+        return [first + self.stride * k for k in range(self.ranks)]
+
+
+def shapes_of(world: int, ranks_per_node: int) -> list[Shape]:
+    """Return one shape of group for each class of link that a grid of `world` ranks can have.
+
+    >>> [(s.stride, s.ranks, s.members) for s in shapes_of(4, 2)]
+    [(1, 2, 2), (2, 2, 1), (1, 4, 2)]
+    """
+    nodes = world // ranks_per_node
+    inside = [Shape(1, n, n) for n in _divisors(ranks_per_node) if n > 1]
+    outside = [
+        Shape(ranks_per_node // members, members * d, members)
+        for members in _divisors(ranks_per_node)
+        for d in _divisors(nodes)
+        if d > 1
+    ]
+    return inside + outside
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def measure(effort: Effort, device: torch.device) -> Measured:
+    """Return what was measured, the same on all ranks; every rank of the process group calls it."""
+    world, node = dist.get_world_size(), ranks_per_node()
+    clock = _Rounds(device)
+    axes = [(s, _axis(s)) for s in shapes_of(world, node)]
+    fast, ratio = _pilot(clock, axes[-1][1], device)
+    jobs = [
+        job
+        for shape, axis in axes
+        for job in collective_jobs(axis, shape.members, effort.sizes, device, others=effort.others)
+    ]
+    jobs += [*compute_jobs(device, fast), *overlap_jobs(axes[-1][1], OVERLAPPED, device, ratio)]
+    found = clock.repeat(jobs, effort)
+    for _, axis in axes:
+        _leave(axis)
+    return from_rank_0(_measured(found, node, _memory_bytes(device, node)))
+
+
+OVERLAPPED = 2**20
+"""Bytes of the all-reduce that runs beside products."""
+
+
+def _axis(shape: Shape) -> DistAxis:
+    """Return this rank's group of a shape; each group is made by its own ranks."""
+    group = dist.new_group(shape.group(dist.get_rank()), use_local_synchronization=True)
+    return DistAxis(f"stride {shape.stride}", group)
+
+
+def _leave(axis: DistAxis) -> None:
+    dist.destroy_process_group(axis.group)
+
+
+def _pilot(clock: _Rounds, axis: DistAxis, device: torch.device) -> tuple[list[str], int]:
+    """Return the dtypes that are fast here, and how many products take as long as a collective."""
+    jobs = [job for dtype in DTYPES for job in product_jobs(dtype, (PILOT,) * 3, device)]
+    jobs += overlap_jobs(axis, OVERLAPPED, device, 1)
+    found = clock.repeat(jobs, Effort(0.0, (), rounds=2))
+    flops = matmul_flops(PILOT, PILOT, PILOT)
+    fast = [
+        d for d in DTYPES if flops / found[d, (PILOT,) * 3, 0].seconds > SLOW_FLOPS_PER_S
+    ]
+    alone = [found["overlap", what].seconds for what in ("collective", "product")]
+    return from_rank_0((fast, max(1, round(alone[0] / alone[1]))))
+
+
+# Rounds ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Rounds:
+    """Run jobs round after round on all ranks of the process group."""
+
+    device: torch.device
+
+    def repeat(self, jobs: Sequence[Job], effort: Effort) -> Samples:
+        """Return the typical seconds of each job; the first round only warms up."""
+        start = time.perf_counter()
+        self._round(jobs)
+        rounds = []
+        for made in range(10 * effort.rounds):
+            left = effort.seconds - (time.perf_counter() - start)
+            if made >= effort.rounds and not from_rank_0(left > 0):
+                break
+            rounds.append(self._round(jobs))
+        everyone = gathered(rounds)
+        return {job.key: _typical(everyone, k) for k, job in enumerate(jobs)}
+
+    def _round(self, jobs: Sequence[Job]) -> list[Seconds]:
+        return [self._sample(job) for job in jobs]
+
+    def _sample(self, job: Job) -> Seconds:
+        dist.barrier()
+        self._synchronize()
+        start, cpu = time.perf_counter(), time.process_time()
+        for _ in range(job.calls):
+            job.run()
+        self._synchronize()
+        spent = time.perf_counter() - start, time.process_time() - cpu
+        return Seconds(spent[0] / job.calls, spent[1] / job.calls)
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def _typical(everyone: Sequence[Sequence[Sequence[Seconds]]], job: int) -> Seconds:
+    """Return a job's typical seconds: in each round the mean over ranks."""
+    rounds = [[ranks[job] for ranks in one] for one in zip(*everyone, strict=True)]
+    return Seconds(
+        typical([sum(s.seconds for s in ranks) / len(ranks) for ranks in rounds]),
+        typical([sum(s.cpu_s for s in ranks) / len(ranks) for ranks in rounds]),
+    )
+
+
+def _measured(found: Samples, node: int, memory_bytes: float) -> Measured:
+    """Sort the samples of all jobs by what they are of."""
+    collectives, streams = [], []
+    products: dict[tuple[str, tuple[int, int, int]], list[Seconds]] = {}
+    for key, s in found.items():
+        match key:
+            case (str(kind), int(ranks), int(members), int(size), str(algorithm)):
+                collectives.append(
+                    Timing(kind, ranks, members, size, s.seconds, s.cpu_s, algorithm)
+                )
+            case (str(dtype), tuple() as shape, int(_)):
+                products.setdefault((dtype, shape), []).append(s)
+            case (str(name), int(size)):
+                streams.append(StreamTiming(name, size, s.seconds, s.cpu_s))
+    overhead, calls = found["overhead"], CHAIN * PASSES
+    alone, beside, both = (found["overlap", w] for w in ("collective", "product", "both"))
+    return Measured(
+        backend=str(dist.get_backend()),
+        world_size=dist.get_world_size(),
+        ranks_per_node=node,
+        collectives=tuple(collectives),
+        products=tuple(_product(*key, passes) for key, passes in products.items()),
+        streams=tuple(streams),
+        op_overhead=Seconds(overhead.seconds / calls, overhead.cpu_s / calls),
+        overlap=Overlap(alone.seconds, beside.seconds, both.seconds),
+        memory_bytes=memory_bytes,
+    )
+
+
+def _product(dtype: str, shape: tuple[int, int, int], passes: Sequence[Seconds]) -> ProductTiming:
+    first, second, third = passes
+    return ProductTiming(
+        dtype,
+        shape,
+        (first.seconds, second.seconds, third.seconds),
+        (first.cpu_s, second.cpu_s, third.cpu_s),
+    )
+
+
+# The machine -----------------------------------------------------------------------------------
+
+
+def ranks_per_node() -> int:
+    """Return how many consecutive ranks share a node: torchrun's count, else by host names.
+
+    1 where nodes have different numbers of ranks: every axis then crosses nodes.
+    """
+    hosts = gathered((os.environ.get("LOCAL_WORLD_SIZE", ""), platform.node()))
+    given = {local for local, _ in hosts}
+    if len(given) == 1 and "" not in given:
+        counts = {int(given.pop())}
+    else:
+        counts = {len(list(run)) for _, run in groupby(host for _, host in hosts)}
+    count = counts.pop()
+    return count if not counts and len(hosts) % count == 0 else 1
+
+
+def _memory_bytes(device: torch.device, node: int) -> float:
+    """Return what one rank may hold: its GPU's memory, or its share of the node's."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[1])
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return float(min(physical, int(text)) if text.isdigit() else physical) / node

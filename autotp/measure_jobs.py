@@ -1,0 +1,173 @@
+"""What is timed to calibrate: collectives along an axis, products, streams, tiny ops, overlap.
+
+A Job is a call to repeat and the name under which its seconds are found again. All ranks make the
+same jobs in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+
+from autotp.axis import DistAxis
+from autotp.cost_model.compute import tensor_bytes
+
+KINDS = ("all_gather", "all_reduce", "all_to_all", "permute", "reduce_scatter")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+PILOT = 128
+"""The side of the products that tell which dtypes are worth a ladder."""
+
+SLOW_FLOPS_PER_S = 2e10
+"""Below it a dtype is emulated: its products are timed at the pilot's size alone.
+
+Source: two cores of an AMD EPYC, one thread: float16 1 to 4, float32 90 GFLOP/s.
+"""
+
+CHAIN = 32
+"""Tiny ops in a row, so that their backward's start does not count."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A call, how often it is made for one sample, and its name."""
+
+    key: Hashable
+    run: Callable[[], object]
+    calls: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Ladder:
+    """The sizes of compute on a kind of device: narrow dims, the other dims, bytes of a stream."""
+
+    narrow: tuple[int, ...]
+    side: int
+    stream_bytes: int
+
+
+LADDERS = {
+    "cpu": Ladder((1, 8, 32, 128, 512), 512, 2**22),
+    "cuda": Ladder((16, 64, 256, 1024, 4096), 4096, 2**26),
+}
+
+
+def collective_jobs(
+    axis: DistAxis, members: int, sizes: Sequence[int], device: torch.device, *, others: bool
+) -> Iterator[Job]:
+    """Yield every kind over whole buffers of `sizes` bytes; with `others`, what backends offer too.
+
+    The key is (kind, ranks, members, bytes, algorithm).
+    """
+    whole = torch.ones(max(sizes) // 4 + axis.size, device=device)
+    for size in sizes:
+        count = max(1, size // 4 // axis.size)
+        wire = whole[: count * axis.size].view(axis.size, count)
+        calls = max(2, min(8, 2**20 // size))
+        runs = {
+            ("all_gather", "run"): partial(axis.all_gather, wire[0]),
+            ("all_reduce", "run"): partial(axis.all_reduce, wire),
+            ("all_to_all", "run"): partial(axis.all_to_all, wire),
+            ("permute", "run"): partial(axis.permute, wire),
+            ("reduce_scatter", "run"): partial(axis.reduce_scatter, wire),
+        }
+        if others:
+            runs["all_reduce", "scatter_gather"] = partial(_scatter_gather, axis, wire)
+            runs["reduce_scatter", "native"] = partial(_native_scatter, axis, wire)
+        for (kind, algorithm), run in runs.items():
+            yield Job((kind, axis.size, members, wire.nbytes, algorithm), run, calls)
+
+
+def _scatter_gather(axis: DistAxis, wire: Tensor) -> Tensor:
+    return axis.all_gather(axis.reduce_scatter(wire))
+
+
+def _native_scatter(axis: DistAxis, wire: Tensor) -> Tensor:
+    start = torch.ops._c10d_functional.reduce_scatter_tensor
+    out: Tensor = torch.ops._c10d_functional.wait_tensor(
+        start(wire, "sum", axis.size, axis.group_name)
+    )
+    return out
+
+
+def compute_jobs(device: torch.device, fast: Sequence[str]) -> Iterator[Job]:
+    """Yield products of every dtype, ladders of the `fast` ones, streams and a chain of tiny ops.
+
+    The keys are (dtype, shape, pass), (stream, bytes) and "overhead".
+    """
+    ladder = LADDERS[device.type]
+    for dtype in DTYPES:
+        if dtype not in fast:
+            yield from product_jobs(dtype, (PILOT,) * 3, device)
+            continue
+        for narrow in ladder.narrow:
+            yield from product_jobs(dtype, (narrow, ladder.side, ladder.side), device)
+            if narrow < ladder.side:
+                yield from product_jobs(dtype, (ladder.side, narrow, ladder.side), device)
+    yield from _stream_jobs(ladder.stream_bytes, device)
+    yield Job("overhead", partial(_tiny_ops, torch.ones(8, device=device, requires_grad=True)), 4)
+
+
+def product_jobs(dtype: str, shape: tuple[int, int, int], device: torch.device) -> Iterator[Job]:
+    """Yield the three products of a linear of `shape` (rows, made, contracted)."""
+    rows, made, contracted = shape
+    x, weight, grad = (
+        torch.ones(size, dtype=getattr(torch, dtype), device=device)
+        for size in ((rows, contracted), (made, contracted), (rows, made))
+    )
+    calls = max(1, min(8, 2**23 // (rows * made * contracted)))
+    yield Job((dtype, shape, 0), partial(F.linear, x, weight), calls)
+    yield Job((dtype, shape, 1), partial(torch.mm, grad, weight), calls)
+    yield Job((dtype, shape, 2), partial(torch.mm, grad.t(), x), calls)
+
+
+def _stream_jobs(size_bytes: int, device: torch.device) -> Iterator[Job]:
+    x = torch.ones(size_bytes // 4, device=device)
+    y, z = x.clone(), x.clone().requires_grad_()
+    yield Job(("copy", 2 * x.nbytes), partial(y.copy_, x))
+    yield Job(("add", 3 * x.nbytes), partial(torch.add, x, y))
+    # Backward of a function is priced as two more passes over what forward reads and writes.
+    yield Job(("gelu", 6 * x.nbytes), partial(_function, z, y))
+
+
+def _function(x: Tensor, grad: Tensor) -> None:
+    torch.autograd.grad(F.gelu(x), x, grad)
+
+
+def _tiny_ops(x: Tensor) -> None:
+    y = x
+    for _ in range(CHAIN):
+        y = y * x
+    torch.autograd.grad(y, x, x.detach())
+
+
+def overlap_jobs(axis: DistAxis, size_bytes: int, device: torch.device, ratio: int) -> list[Job]:
+    """Return a collective alone, `ratio` products alone, and both at once."""
+    wire = torch.ones(size_bytes // 4, device=device)
+    side = LADDERS[device.type].side // 2
+    x = torch.ones(side, side, device=device)
+
+    def start() -> Tensor:
+        out: Tensor = torch.ops._c10d_functional.all_reduce(wire, "sum", axis.group_name)
+        return out
+
+    def multiply() -> None:
+        for _ in range(ratio):
+            torch.mm(x, x)
+
+    def both() -> None:
+        pending = start()
+        multiply()
+        torch.ops._c10d_functional.wait_tensor(pending)
+
+    return [
+        Job(("overlap", "collective"), lambda: torch.ops._c10d_functional.wait_tensor(start())),
+        Job(("overlap", "product"), multiply),
+        Job(("overlap", "both"), both),
+    ]

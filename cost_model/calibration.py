@@ -1,0 +1,189 @@
+"""From what was measured on a machine to a `Cluster`: pure functions of timings.
+
+typical     one number from repeats on a noisy machine
+Measured    the timings of a machine: collectives, products, streams, overhead, overlap
+fit         Measured -> Cluster, on the wall clock or in CPU-seconds
+
+Measuring is not done here: `autotp.measure` runs on a process group.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from autotp.cost_model.cluster import Cluster, Link
+from autotp.cost_model.link_fit import Timing, fit_link
+
+Clock = Literal["wall", "cpu"]
+
+MAD_TO_SIGMA = 1.4826
+"""Median absolute deviation to standard deviation, of normal noise."""
+
+OUTLIER_SIGMAS = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class ProductTiming:
+    """The seconds of the products of a linear of `shape` (rows, made, contracted), on two clocks.
+
+    Forward, the gradient of the input, the gradient of the weight.
+    """
+
+    dtype: str
+    shape: tuple[int, int, int]
+    seconds: tuple[float, float, float]
+    cpu_s: tuple[float, float, float]
+
+    @property
+    def narrowest(self) -> int:
+        """The smallest of the three dims."""
+        return min(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class StreamTiming:
+    """The seconds in which one op reads and writes `size_bytes` in all: "copy", "add", "gelu"."""
+
+    name: str
+    size_bytes: int
+    seconds: float
+    cpu_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """One duration on two clocks."""
+
+    seconds: float
+    cpu_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Overlap:
+    """The seconds of a collective and of a product, each alone, and of both at once."""
+
+    collective_s: float
+    product_s: float
+    both_s: float
+
+    @property
+    def share(self) -> float:
+        """The share of the shorter one that is hidden."""
+        hidden = self.collective_s + self.product_s - self.both_s
+        return min(1.0, max(0.0, hidden / min(self.collective_s, self.product_s)))
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What was measured on the ranks of one process group."""
+
+    backend: str
+    world_size: int
+    ranks_per_node: int
+    collectives: tuple[Timing, ...]
+    products: tuple[ProductTiming, ...]
+    streams: tuple[StreamTiming, ...]
+    op_overhead: Seconds
+    overlap: Overlap | None
+    memory_bytes: float
+
+
+def typical(repeats: Sequence[float]) -> float:
+    """Return the median of repeats, without those that are far from most.
+
+    Far is three standard deviations, estimated from the median deviation, which half of the
+    repeats may not move.
+
+    >>> typical([1.0, 1.1, 0.9, 1.0, 40.0])
+    1.0
+    """
+    middle = statistics.median(repeats)
+    spread = MAD_TO_SIGMA * statistics.median(abs(x - middle) for x in repeats)
+    return statistics.median(x for x in repeats if abs(x - middle) <= OUTLIER_SIGMAS * spread)
+
+
+def fit(measured: Measured, name: str, clock: Clock = "wall") -> Cluster:
+    """Return the cluster that these timings describe.
+
+    Every rate is what a rank reaches while all others do the same.
+    """
+    links = _links(measured, clock)
+    inside = links.get("inside") or links["between"]
+    ladders = _ladders(measured.products, clock)
+    return Cluster(
+        name=name,
+        backend=measured.backend,
+        ranks_per_node=measured.ranks_per_node,
+        intra=inside,
+        inter=links.get("between", inside),
+        flops_per_s=tuple((dtype, rates[-1][1]) for dtype, rates in ladders),
+        memory_bandwidth_bytes_per_s=_stream_rate(measured.streams, ("copy", "add"), clock),
+        memory_bytes=measured.memory_bytes,
+        op_overhead_s=_of(measured.op_overhead, clock),
+        crossings=tuple((m, link) for m, link in links.items() if isinstance(m, int)),
+        narrow_flops_per_s=tuple(pair for pair in ladders if len(pair[1]) > 1),
+        function_bytes_per_s=_stream_rate(measured.streams, ("gelu",), clock),
+        overlap=measured.overlap.share if measured.overlap else 0.0,
+    )
+
+
+def _of(timing: Timing | StreamTiming | Seconds, clock: Clock) -> float:
+    return timing.seconds if clock == "wall" else timing.cpu_s
+
+
+def _links(measured: Measured, clock: Clock) -> dict[str | int, Link]:
+    """Return the link inside a node, that between nodes, and by members those of both."""
+    points: dict[str | int, dict[tuple[str, int], list[tuple[float, float]]]] = {}
+    for t in measured.collectives:
+        if t.algorithm == "run":
+            cells = points.setdefault(_place(t), {})
+            cells.setdefault((t.kind, t.ranks), []).append((t.size_bytes, _of(t, clock)))
+    return {place: fit_link(dict(cells)) for place, cells in points.items()}
+
+
+def _place(t: Timing) -> str | int:
+    if t.members == t.ranks:
+        return "inside"
+    return "between" if t.members == 1 else t.members
+
+
+Ladder = tuple[tuple[int, float], ...]
+"""Flops per second by the narrowest dim, both rising."""
+
+
+def _ladders(products: Sequence[ProductTiming], clock: Clock) -> list[tuple[str, Ladder]]:
+    dtypes = dict.fromkeys(p.dtype for p in products)
+    return [(d, _ladder([p for p in products if p.dtype == d], clock)) for d in dtypes]
+
+
+def _ladder(products: Sequence[ProductTiming], clock: Clock) -> Ladder:
+    """Return the rate at each narrowest dim: all flops over all seconds of its shapes.
+
+    Where it would fall as dims grow, neighbours are pooled: that is the nearest rising ladder.
+
+    Source: Ayer et al. 1955, "An empirical distribution function for sampling with incomplete
+    information": pool adjacent violators.
+    """
+    pools: list[tuple[list[int], float, float]] = []
+    for width in sorted({p.narrowest for p in products}):
+        mine = [p for p in products if p.narrowest == width]
+        flops = sum(2.0 * len(p.seconds) * math.prod(p.shape) for p in mine)
+        pool = ([width], flops, sum(sum(_both(p, clock)) for p in mine))
+        while pools and pools[-1][1] / pools[-1][2] > pool[1] / pool[2]:
+            last = pools.pop()
+            pool = (last[0] + pool[0], last[1] + pool[1], last[2] + pool[2])
+        pools.append(pool)
+    return tuple((w, flops / seconds) for widths, flops, seconds in pools for w in widths)
+
+
+def _both(p: ProductTiming, clock: Clock) -> tuple[float, float, float]:
+    return p.seconds if clock == "wall" else p.cpu_s
+
+
+def _stream_rate(streams: Sequence[StreamTiming], names: Sequence[str], clock: Clock) -> float:
+    mine = [s for s in streams if s.name in names]
+    return sum(s.size_bytes for s in mine) / sum(_of(s, clock) for s in mine)
