@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -12,6 +13,7 @@ from torch import fx, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from autotp.axis import Axis
+from autotp.calibrate import cached_cluster, can_measure, measured_cluster, refuse_unmeasurable
 from autotp.check import compare, prepare
 from autotp.comparison import Report
 from autotp.cost_model.cluster import Cluster, by_name
@@ -56,13 +58,16 @@ def compile_rank(
     grid: Grid,
     coords: Coords,
     axes: Mapping[str, Axis],
-    cluster: Cluster,
+    cluster: Callable[[], Cluster],
     plan: Plan | None = None,
     pins: Pins | None = None,
     rest: Mapping[str, Layout] | None = None,
     options: Options,
 ) -> Compiled:
-    """Return the program of this rank: the six steps from a model to its collectives."""
+    """Return the program of this rank: the six steps from a model to its collectives.
+
+    `cluster` is asked for on all ranks, and only where a plan is searched.
+    """
     with stage("capture"):
         program, network = together(lambda: _read(model, args, kwargs, train, options))
     mine = fingerprint(program)
@@ -74,10 +79,11 @@ def compile_rank(
     with stage("infer factors"):
         factors = together(lambda: infer_factors(network, program.inputs))
     if plan is None:
+        priced = cluster()
         plan = _agreed(
             lambda: (
                 search_plan(
-                    program, network, factors, grid, cluster, pins, rest, options.sharded
+                    program, network, factors, grid, priced, pins, rest, options.sharded
                 ).plan
             )
         )
@@ -128,7 +134,8 @@ def parallelize(
     grid            a tuple such as (2, 2), a dict of named axes or a DeviceMesh: all ranks of the
                     process group, which torchrun's environment starts where there is none.
     example_inputs  a tuple (args), a dict (kwargs) or both; None plans at the first call.
-    cluster         what prices the plan: a Cluster, its name, or this machine's default.
+    cluster         what prices the plan: a Cluster, its name, or "measure": this machine, from the
+                    cache or timed for a few seconds; the default where there are several ranks.
     plan, pins      a plan to follow, or choices to fix by module-path pattern.
     outputs         "full" returns what the original does, "sharded" DTensors.
     strict          refuse ops without a rule, in place of running them whole with a warning.
@@ -137,12 +144,13 @@ def parallelize(
     dynamic         dims that may vary, one size per name: {"input_ids": {0: "batch", 1: "seq"}}.
 
     Raises AutotpError: what is not supported is refused by name."""
-    device_type = device_of(list(model.parameters())).type
-    shape = ensure_process_group(grid, device_type)
+    device = device_of(list(model.parameters()))
+    shape = ensure_process_group(grid, device.type)
     options = together(lambda: Options(outputs, strict, check_numerics, rng, dynamic))
-    chosen = together(lambda: _accepted(model, cluster, device_type))
-    _refuse_other_calls(shape, model, example_inputs, plan, options)
-    mesh = grid if isinstance(grid, DeviceMesh) else make_mesh(shape, device_type)
+    chosen = together(lambda: _accepted(model, cluster, device))
+    _refuse_other_calls(shape, model, example_inputs, plan, chosen, options)
+    mesh = grid if isinstance(grid, DeviceMesh) else make_mesh(shape, device.type)
+    priced = cache(lambda: measured_cluster(device) if chosen is None else chosen)
 
     def compile_one(
         whole: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], train: bool
@@ -157,7 +165,7 @@ def parallelize(
             grid=shape,
             coords=state.coords,
             axes=state.axes,
-            cluster=chosen,
+            cluster=priced,
             plan=plan if plan and plan.train == train and is_first else None,
             pins=None if state.layouts else pins,
             rest=state.layouts or _planned_layouts(plan, shape),
@@ -188,8 +196,13 @@ def _later(
     return replace(options, dynamic=given_dims(model, args, kwargs, options.dynamic))
 
 
-def _accepted(model: nn.Module, cluster: Cluster | str | None, device_type: str) -> Cluster:
-    """Return the cluster of a call of parallelize; raise for a model that cannot be accepted."""
+def _accepted(
+    model: nn.Module, cluster: Cluster | str | None, device: torch.device
+) -> Cluster | None:
+    """Return the cluster of a call of parallelize, None for one that is to be measured.
+
+    Raises AutotpError for a model that cannot be accepted.
+    """
     if isinstance(model, ParallelModule):
         raise AutotpError(
             f"{type(model).__name__} is parallel already",
@@ -197,11 +210,19 @@ def _accepted(model: nn.Module, cluster: Cluster | str | None, device_type: str)
             remedy="call autotp.parallelize once, on the original model",
         )
     refuse_model(model, weights=True)
-    return as_cluster(cluster, device_type)
+    if cluster == MEASURE:
+        refuse_unmeasurable()
+    measured = cluster == MEASURE or (cluster is None and can_measure())
+    return None if measured else as_cluster(cluster, device, ranks=1)
 
 
 def _refuse_other_calls(
-    grid: Grid, model: nn.Module, example_inputs: Any, plan: Plan | None, options: Options
+    grid: Grid,
+    model: nn.Module,
+    example_inputs: Any,
+    plan: Plan | None,
+    cluster: Cluster | None,
+    options: Options,
 ) -> None:
     """Raise RuntimeStateError unless all ranks call parallelize alike: the same steps follow."""
     call = {
@@ -209,6 +230,7 @@ def _refuse_other_calls(
         "mode": "train" if model.training else "eval",
         "example_inputs": "none" if example_inputs is None else "given",
         "plan": "none" if plan is None else "given",
+        "cluster": "measured" if cluster is None else cluster.name,
         **options.described(),
     }
     refuse_disagreement("calls of autotp.parallelize", call, "make the same call on every rank")
@@ -242,12 +264,13 @@ def plan(
 ) -> Plan:
     """Return the plan of `model` on `grid`: no process group and no weights are needed.
 
-    Arguments as for `parallelize`.
+    Arguments as for `parallelize`; cluster="measure" is what was measured before, and the default
+    does not depend on this machine.
     """
     shape = as_grid(grid)
     refuse_model(model, weights=False)
     args, kwargs = split_inputs(example_inputs)
-    chosen = as_cluster(cluster, device_of(list(model.parameters())).type)
+    chosen = as_cluster(cluster, device_of(list(model.parameters())), shape.world_size)
     options = Options(outputs, strict, dynamic=dynamic)
     with stage("capture"):
         program, network = _read(model, args, kwargs, model.training, options)
@@ -280,7 +303,7 @@ def check(
         subject = prepare(model, *split_inputs(example_inputs), options.rng, options.dynamic)
     program, network = subject.program, subject.network
     if plan is None:
-        chosen = as_cluster(cluster, device_of(list(model.parameters())).type)
+        chosen = as_cluster(cluster, device_of(list(model.parameters())), shape.world_size)
         with stage("plan"):
             plan = search_plan(program, network, subject.factors, shape, chosen, pins).plan
     refuse_other(plan, fingerprint(program), shape, program.train)
@@ -302,11 +325,17 @@ def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return items, {}
 
 
-def as_cluster(cluster: Cluster | str | None, device_type: str) -> Cluster:
-    """Return a cluster: as given, by name, or the default of the device."""
+MEASURE = "measure"
+"""The name of a cluster that stands for this machine."""
+
+
+def as_cluster(cluster: Cluster | str | None, device: torch.device, ranks: int) -> Cluster:
+    """Return a cluster: as given, by name, measured before, or the default of the device."""
     if isinstance(cluster, Cluster):
         return cluster
-    return by_name(cluster or ("dgx_h100" if device_type == "cuda" else "gloo_loopback"))
+    if cluster == MEASURE:
+        return cached_cluster(ranks, device)
+    return by_name(cluster or ("dgx_h100" if device.type == "cuda" else "gloo_loopback"))
 
 
 def _agreed(make: Callable[[], Plan]) -> Plan:

@@ -16,13 +16,12 @@ import platform
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from autotp.calibration_file import Calibration, Identity, cache_path, load, save
+from autotp.calibration_file import Calibration, Identity, cache_path, load, plain, save
 from autotp.cost_model.calibration import fit
 from autotp.cost_model.cluster import Cluster, Link
 from autotp.cost_model.collectives import ALGORITHMS
@@ -38,9 +37,7 @@ MEASURABLE = tuple(sorted(set(ALGORITHMS) - {"ring"}))
 
 def can_measure() -> bool:
     """Say whether there is a process group of several ranks whose collectives take their time."""
-    return (
-        dist.is_initialized() and dist.get_world_size() > 1 and dist.get_backend() in MEASURABLE
-    )
+    return dist.is_initialized() and dist.get_world_size() > 1 and dist.get_backend() in MEASURABLE
 
 
 def measured_cluster(device: torch.device) -> Cluster:
@@ -48,31 +45,46 @@ def measured_cluster(device: torch.device) -> Cluster:
 
     Raises CalibrationError where there is nothing to measure.
     """
-    return calibrated(device).cluster
+    return calibrated(device, hint="; pass cluster= to plan without").cluster
 
 
-def calibrated(device: torch.device, effort: Effort = QUICK, force: bool = False) -> Calibration:
+def calibrated(
+    device: torch.device, effort: Effort = QUICK, force: bool = False, hint: str = ""
+) -> Calibration:
     """Return the kept calibration of this process group, or measure and keep it.
 
     Every rank calls it; with `force` it is measured anew. Rank 0 says on standard error what it
     measures, why, and where it is kept. Raises CalibrationError where there is nothing to measure.
     """
-    together(_refuse_unmeasurable)
+    together(refuse_unmeasurable)
     identity = from_rank_0(identity_of(device, ranks_per_node()))
     path = cache_path(identity)
-    kept = from_rank_0(_kept(path, identity, force) if dist.get_rank() == 0 else None)
+    mine = _kept(path, identity, force) if dist.get_rank() == 0 else ""
+    kept: Calibration | str = from_rank_0(mine)
     if isinstance(kept, Calibration):
         return kept
-    _say(f"{kept}: measuring {identity.backend} on {identity.world_size} ranks")
+    _say(f"{kept}: measuring {identity.backend} on {identity.world_size} ranks{hint}")
     start = time.perf_counter()
     with stage("measure this machine"):
         measured = measure(effort, device)
     cluster = fit(measured, f"measured_{identity.backend}")
     spent = time.perf_counter() - start
-    made = from_rank_0(Calibration(identity, cluster, spent, asdict(measured)))
+    made = Calibration(identity, cluster, spent, plain(measured))
     if dist.get_rank() == 0:
         _keep(made, path)
-    return made
+    agreed: Calibration = from_rank_0(made)
+    return agreed
+
+
+def calibrate_rank(effort: Effort, force: bool) -> Calibration:
+    """Return the calibration of torchrun's ranks, of which this is one: on GPUs where there are."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return calibrated(device, effort, force)
 
 
 def _kept(path: Path, identity: Identity, force: bool) -> Calibration | str:
@@ -94,7 +106,7 @@ def _keep(calibration: Calibration, path: Path) -> None:
     except OSError as error:
         _say(f"cannot keep it: {error}; it will be measured again")
         return
-    _say(f"measured in {calibration.seconds:.1f} s, kept in {path}; cluster= avoids it")
+    _say(f"measured in {calibration.seconds:.1f} s, kept in {path}")
 
 
 def _say(text: str) -> None:
@@ -102,7 +114,8 @@ def _say(text: str) -> None:
         print(f"autotp: {text}", file=sys.stderr, flush=True)
 
 
-def _refuse_unmeasurable() -> None:
+def refuse_unmeasurable() -> None:
+    """Raise CalibrationError where there is nothing to measure."""
     if can_measure():
         return
     facts = [("process group", "there is none")]
@@ -122,7 +135,7 @@ def cached_cluster(ranks: int, device: torch.device) -> Cluster:
     Raises CalibrationError where nothing was kept, or where it cannot be trusted.
     """
     backend = "nccl" if device.type == "cuda" else "gloo"
-    identity = _identity(device, backend, ranks, ranks)
+    identity = _identity(device, backend, ranks, ranks, THREADS)
     path = cache_path(identity)
     if not path.exists():
         raise CalibrationError(
@@ -138,10 +151,15 @@ def cached_cluster(ranks: int, device: torch.device) -> Cluster:
 
 def identity_of(device: torch.device, node: int) -> Identity:
     """Return the identity of this rank's process group, with `node` ranks on each node."""
-    return _identity(device, str(dist.get_backend()), dist.get_world_size(), node)
+    threads = torch.get_num_threads()
+    return _identity(device, str(dist.get_backend()), dist.get_world_size(), node, threads)
 
 
-def _identity(device: torch.device, backend: str, ranks: int, node: int) -> Identity:
+THREADS = 1
+"""Of each rank, where torchrun or `autotp.launch` starts several on a node."""
+
+
+def _identity(device: torch.device, backend: str, ranks: int, node: int, threads: int) -> Identity:
     return Identity(
         machine=platform.node(),
         processor=_processor(device),
@@ -150,7 +168,7 @@ def _identity(device: torch.device, backend: str, ranks: int, node: int) -> Iden
         backend=backend,
         world_size=ranks,
         ranks_per_node=node,
-        threads=torch.get_num_threads(),
+        threads=threads,
         torch=str(torch.__version__),
         autotp=VERSION,
     )
@@ -173,7 +191,10 @@ def table(calibration: Calibration) -> str:
     """Return what was measured, in a page of text."""
     i, c = calibration.identity, calibration.cluster
     head = f"{i.backend} on {i.world_size} ranks of {i.machine} ({i.processor}, {i.cores} cores,"
-    lines = [f"{head} {i.threads} threads per rank), torch {i.torch}", *_link_lines("in a node", c.intra)]
+    lines = [
+        f"{head} {i.threads} threads per rank), torch {i.torch}",
+        *_link_lines("in a node", c.intra),
+    ]
     if c.inter != c.intra:
         lines += _link_lines("between nodes", c.inter)
     for members, link in c.crossings:

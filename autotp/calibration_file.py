@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from autotp.cost_model.calibration import Measured
 from autotp.cost_model.cluster import Cluster, Link, Rate
 from autotp.errors import CalibrationError
 
@@ -57,6 +58,12 @@ class Calibration:
     timings: Mapping[str, Any]
 
 
+def plain(timings: Measured) -> dict[str, Any]:
+    """Return timings as JSON holds them."""
+    data: dict[str, Any] = json.loads(json.dumps(asdict(timings)))
+    return data
+
+
 def cache_path(identity: Identity) -> Path:
     """Return the file in which the calibration of this identity is kept."""
     home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
@@ -87,9 +94,7 @@ def load(path: Path, identity: Identity) -> Calibration:
         if found.get(name) != here
     ]
     if at:
-        raise CalibrationError(
-            f"calibration {path} holds for something else", at=at, remedy=REMEDY
-        )
+        raise CalibrationError(f"calibration {path} holds for something else", at=at, remedy=REMEDY)
     cluster = _cluster(body["cluster"])
     return Calibration(identity, cluster, float(body["seconds"]), body["timings"])
 
@@ -100,7 +105,7 @@ REMEDY = "autotp calibrate --force"
 def _whole(path: Path) -> dict[str, Any]:
     """Return the content of a file that is as it was written."""
     try:
-        body = json.loads(path.read_text())
+        body: dict[str, Any] = json.loads(path.read_text())
     except (OSError, UnicodeDecodeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise CalibrationError(

@@ -1,4 +1,4 @@
-"""The command line: `autotp demo`, `autotp plan MODEL`, `autotp check MODEL`.
+"""The command line: `autotp demo`, `autotp calibrate`, `autotp plan MODEL`, `autotp check MODEL`.
 
 Prints results on standard output and progress on standard error. Exit status: 0 when all is well,
 1 when the demo or a check finds a difference, 2 when autotp refuses what it was asked.
@@ -7,16 +7,22 @@ Prints results on standard output and progress on standard error. Exit status: 0
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 import autotp
 from autotp import demo
-from autotp.cost_model.cluster import CLUSTERS, bandwidth_bound, by_name
-from autotp.errors import AutotpError
+from autotp.api import MEASURE
+from autotp.calibrate import calibrate_rank, table
+from autotp.cost_model.cluster import CLUSTERS, bandwidth_bound
+from autotp.errors import AutotpError, CalibrationError
+from autotp.launch import launch
+from autotp.measure import THOROUGH
 from autotp.progress import stage
 from autotp.zoo import ZOO, build
 
@@ -37,12 +43,21 @@ def parse_grid(text: str) -> GridArgument:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of all three commands."""
+    """Return the parser of all commands."""
     parser = argparse.ArgumentParser(prog="autotp", description=autotp.__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     shown = commands.add_parser("demo", help="train a byte-level GPT-2 on four local ranks")
     shown.add_argument("--steps", type=int, default=demo.STEPS)
     shown.set_defaults(run=run_demo)
+    calibrate = commands.add_parser(
+        "calibrate",
+        help="measure this machine, and keep it for plans",
+        description="Measure this machine on local ranks, or under torchrun on those it starts.",
+    )
+    calibrate.add_argument("--ranks", type=int, default=4, help="local ranks, without torchrun")
+    calibrate.add_argument("--seconds", type=float, default=THOROUGH.seconds)
+    calibrate.add_argument("--force", action="store_true", help="measure anew what is kept")
+    calibrate.set_defaults(run=run_calibrate)
     plan = commands.add_parser("plan", help="show the plan of a model, without its weights")
     plan.add_argument("--save", metavar="FILE", help="write the plan as JSON")
     _add_model(plan, batch=8, seq=1024)
@@ -56,7 +71,9 @@ def make_parser() -> argparse.ArgumentParser:
 def _add_model(parser: argparse.ArgumentParser, *, batch: int, seq: int) -> None:
     parser.add_argument("model", choices=sorted(ZOO))
     parser.add_argument("--grid", type=parse_grid, required=True, help="such as 2x2 or dp=2,tp=4")
-    parser.add_argument("--cluster", choices=sorted(CLUSTERS), help="the machine to plan for")
+    parser.add_argument(
+        "--cluster", choices=[*sorted(CLUSTERS), MEASURE], help="the machine to plan for"
+    )
     parser.add_argument("--batch", type=int, default=batch)
     parser.add_argument("--seq", type=int, default=seq)
 
@@ -66,12 +83,27 @@ def run_demo(args: argparse.Namespace) -> int:
     return 0 if demo.run(args.steps) else 1
 
 
+def run_calibrate(args: argparse.Namespace) -> int:
+    """Measure on the ranks that torchrun started, or on local ones."""
+    effort = replace(THOROUGH, seconds=args.seconds)
+    if args.ranks < 2:
+        raise CalibrationError(
+            "one rank sends nothing", at=[("--ranks", str(args.ranks))], remedy="--ranks 2 or more"
+        )
+    if "RANK" in os.environ:
+        found = calibrate_rank(effort, args.force)
+    else:
+        found = launch(calibrate_rank, args.ranks, effort, args.force)[0]
+    if os.environ.get("RANK", "0") == "0":
+        print(table(found))
+    return 0
+
+
 def run_plan(args: argparse.Namespace) -> int:
     """Plan a model of full size on the meta device."""
     with stage(f"build {args.model}"):
         model, inputs = build(args.model, batch=args.batch, seq=args.seq)
-    cluster = by_name(args.cluster) if args.cluster else None
-    plan = autotp.plan(model, args.grid, inputs, cluster=cluster)
+    plan = autotp.plan(model, args.grid, inputs, cluster=args.cluster)
     print(plan)
     if args.save:
         plan.save(args.save)
@@ -84,8 +116,7 @@ def run_check(args: argparse.Namespace) -> int:
     model, inputs = build(args.model, small=True, batch=args.batch, seq=args.seq, device="cpu")
     # Models this small are not worth splitting on a real machine: let arithmetic be dear.
     dear = bandwidth_bound(1e9, flops_per_s=1e9)
-    cluster = by_name(args.cluster) if args.cluster else dear
-    report = autotp.check(model, args.grid, inputs, cluster=cluster)
+    report = autotp.check(model, args.grid, inputs, cluster=args.cluster or dear)
     print(report)
     return 0 if report.ok else 1
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -43,7 +43,6 @@ from autotp.measure_jobs import (
     overlap_jobs,
     product_jobs,
 )
-from autotp.progress import bar
 from autotp.ranks import from_rank_0, gathered
 
 PASSES = 3
@@ -121,7 +120,8 @@ def measure(effort: Effort, device: torch.device) -> Measured:
     found = clock.repeat(jobs, effort)
     for _, axis in axes:
         _leave(axis)
-    return from_rank_0(_measured(found, node, _memory_bytes(device, node)))
+    agreed: Measured = from_rank_0(_measured(found, node, _memory_bytes(device, node)))
+    return agreed
 
 
 OVERLAPPED = 2**20
@@ -144,11 +144,10 @@ def _pilot(clock: _Rounds, axis: DistAxis, device: torch.device) -> tuple[list[s
     jobs += overlap_jobs(axis, OVERLAPPED, device, 1)
     found = clock.repeat(jobs, Effort(0.0, (), rounds=2))
     flops = matmul_flops(PILOT, PILOT, PILOT)
-    fast = [
-        d for d in DTYPES if flops / found[d, (PILOT,) * 3, 0].seconds > SLOW_FLOPS_PER_S
-    ]
+    fast = [d for d in DTYPES if flops / found[d, (PILOT,) * 3, 0].seconds > SLOW_FLOPS_PER_S]
     alone = [found["overlap", what].seconds for what in ("collective", "product")]
-    return from_rank_0((fast, max(1, round(alone[0] / alone[1]))))
+    agreed: tuple[list[str], int] = from_rank_0((fast, max(1, round(alone[0] / alone[1]))))
+    return agreed
 
 
 # Rounds ----------------------------------------------------------------------------------------

@@ -11,12 +11,10 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
 from autotp.axis import DistAxis
-from autotp.cost_model.compute import tensor_bytes
 
 KINDS = ("all_gather", "all_reduce", "all_to_all", "permute", "reduce_scatter")
 DTYPES = ("float32", "bfloat16", "float16", "float64")

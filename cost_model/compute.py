@@ -45,16 +45,26 @@ def matmul_flops(m: int, n: int, k: int, batch: int = 1) -> int:
     return 2 * batch * m * n * k
 
 
-def op_s(flops: Amount, bytes_moved: Amount, dtype: object, cluster: Cluster) -> Amount:
+def op_s(
+    flops: Amount,
+    bytes_moved: Amount,
+    dtype: object,
+    cluster: Cluster,
+    *,
+    narrowest: int | None = None,
+    function: bool = False,
+) -> Amount:
     """Return the seconds of one operator: the slower of arithmetic and memory, and its overhead.
 
-    `bytes_moved` counts each operand read and each result written once.
+    `bytes_moved` counts each operand read and each result written once. `narrowest` is the
+    smallest dim of a product, and `function` says that each element takes an exp or the like.
 
     Source: Williams, Waterman and Patterson 2009, "Roofline: an insightful visual performance
     model for multicore architectures".
     """
-    arithmetic_s = flops / cluster.matmul_flops_per_s(dtype)
-    memory_s = bytes_moved / cluster.memory_bandwidth_bytes_per_s
+    arithmetic_s = flops / cluster.matmul_flops_per_s(dtype, narrowest)
+    rate = cluster.pointwise_bytes_per_s if function else cluster.memory_bandwidth_bytes_per_s
+    memory_s = bytes_moved / rate
     return _slower(arithmetic_s, memory_s) + cluster.op_overhead_s
 
 

@@ -10,8 +10,8 @@ no more than any other timing, under what holds of every real link and noise may
     reduce_scatter, all_gather <= all_reduce     that it replaces: TRIANGLES
     all_to_all of N/n <= all_gather, reduce_scatter of N
 
-The inequalities are linear in a and b and hold for each of them alone, so they hold at every N. Where
-timings contradict them, the fit moves both sides as little as it can.
+The inequalities are linear in a and b and hold for each of them alone, so they hold at every N.
+Where timings contradict them, the fit moves both sides as little as it can.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from autotp.cost_model.cluster import Link, Rate
 from autotp.cost_model.collectives import ROUNDS
 
 FASTEST_BYTES_PER_S = 1e14
-"""Far above any link: where timings do not grow with bytes at all, this stands for the bandwidth."""
+"""Far above any link: the bandwidth where timings do not grow with bytes at all."""
 
 TRIANGLES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("all_reduce", ("reduce_scatter", "all_gather")),
@@ -79,7 +79,7 @@ def fit_link(points: dict[tuple[str, int], Points]) -> Link:
 
 
 def _rate(kind: str, ranks: int, a: float, b: float) -> Rate:
-    """Return seconds per step and bytes per second, as `autotp.cost_model.collectives` reads them."""
+    """Return seconds per step and bytes per second: `autotp.cost_model.collectives` reads them."""
     steps, share = (1, 1.0) if kind == "permute" else (ranks - 1, 1 / ranks)
     steps *= ROUNDS.get(kind, 1)
     return Rate(kind, a / steps, steps * share / b, ranks)
@@ -103,9 +103,7 @@ def fit_lines(points: dict[tuple[str, int], Points]) -> dict[tuple[str, int], Li
         limits.append(0.0)
     found = _least([0.0] * count + [1.0] * len(errors), rows, limits)
     floor = 1 / FASTEST_BYTES_PER_S
-    return {
-        c: (max(0.0, found[k]), max(floor, found[k + 1] / scale)) for c, k in number.items()
-    }
+    return {c: (max(0.0, found[k]), max(floor, found[k + 1] / scale)) for c, k in number.items()}
 
 
 def _orders(number: dict[tuple[str, int], int]) -> Iterator[list[Term]]:

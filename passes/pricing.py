@@ -18,6 +18,7 @@ from autotp.grid import Grid
 from autotp.passes.choices import Strategy, Typing
 from autotp.passes.moves import Column, Moves
 from autotp.passes.network import Network, Op, Value
+from autotp.passes.roofline import is_function, narrowest
 from autotp.passes.traffic import internal_traffic
 
 PASSES = 3
@@ -106,7 +107,16 @@ def _op_cost(op: Op, s: Strategy, typing: Typing, moves: Moves) -> tuple[float, 
         return 0.0, by_slot
     training = any(typing.results)
     dtype = op.call.results[0].dtype
-    seconds = op_s(local_flops(op, s, moves.grid), sum(held), dtype, moves.cluster)
+    sizes = local_sizes(op, s, moves.grid)
+    flops = _flops(op, sizes)
+    seconds = op_s(
+        flops,
+        sum(held),
+        dtype,
+        moves.cluster,
+        narrowest=narrowest(op, sizes) if flops and moves.cluster.narrow_flops_per_s else None,
+        function=is_function(op),
+    )
     split = [c.split for c in s.choices]
     inside = internal_traffic(op, split, s.operands, s.results, moves.grid, training)
     sending = sum(n * moves.kind_s(kind, size, axis) for axis, kind, size, n in inside)
@@ -142,17 +152,20 @@ def needed_positions(op: Op, typing: Typing) -> list[int]:
 
 
 def local_flops(op: Op, s: Strategy, grid: Grid) -> int:
-    """Return the forward flops of one rank: two per element of each contracted product.
+    """Return the forward flops of one rank: two per element of each contracted product."""
+    return _flops(op, local_sizes(op, s, grid))
+
+
+def local_sizes(op: Op, s: Strategy, grid: Grid) -> dict[str, int]:
+    """Return the size of each factor on one rank.
 
     Of factors that split together only the first divides the work: a rank meets all of the others.
     """
-    sizes = op.signature.sizes
     met = {f for group in op.rule.groups(op.call) for f in group[1:]}
-    local = {
+    return {
         f: -(-int(n) // math.prod(grid.sizes[a] for a in s.split_axes(f, alone=f in met)))
-        for f, n in sizes.items()
+        for f, n in op.signature.sizes.items()
     }
-    return _flops(op, local)
 
 
 def whole_flops(op: Op) -> int:

@@ -374,7 +374,7 @@ def test_pins_are_kept_and_misfits_named(grid):
     assert ours.fc1.weight.placements[1].is_shard(0)
     assert_near(backward(ours, inputs), backward(one, inputs))
     with pytest.raises(PinError, match=r"^PinError: (?!PinError)(.|\n)*fc9"):
-        autotp.parallelize(Mlp(), grid, inputs, pins={"fc9": {"col": "o"}})
+        autotp.parallelize(Mlp(), grid, inputs, cluster=CLUSTER, pins={"fc9": {"col": "o"}})
 
 
 @on_ranks((2, 2))
@@ -523,7 +523,7 @@ def test_masks_are_equal_on_replicas_and_new_in_every_block_and_step(grid):
     whole = {"fc": {"row": "I", "col": "I"}, "drop.dropout": {"row": "I", "col": "I"}}
     for pins, blocks in ((split, 4), (whole, 1)):
         torch.manual_seed(0)
-        ours = autotp.parallelize(Dropped(), grid, (x,), pins=pins)
+        ours = autotp.parallelize(Dropped(), grid, (x,), cluster=CLUSTER, pins=pins)
         torch.manual_seed(torch.distributed.get_rank())  # only rank 0's seed is read
         first, second = ours(x).detach(), ours(x).detach()
         everyone = [torch.empty_like(first) for _ in range(4)]

@@ -253,7 +253,7 @@ def test_training_with_dropout_is_what_one_device_trains(grid):
 @on_ranks((1, 2))
 def test_other_seeds_on_other_ranks_are_refused_where_draws_must_agree(grid):
     inputs = tokens()
-    ours = autotp.parallelize(gpt2(dropout=0.2).train(), grid, inputs, rng="exact")
+    ours = autotp.parallelize(gpt2(dropout=0.2).train(), grid, inputs, cluster=CLUSTER, rng="exact")
     torch.manual_seed(torch.distributed.get_rank())
     with pytest.raises(RuntimeStateError, match="needs the same random state on every rank"):
         ours(**inputs)

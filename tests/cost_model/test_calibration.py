@@ -1,0 +1,103 @@
+"""From timings to a cluster: every figure is found where it belongs, on either clock."""
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autotp.cost_model.calibration import (
+    Measured,
+    Overlap,
+    ProductTiming,
+    Seconds,
+    StreamTiming,
+    fit,
+    typical,
+)
+from autotp.cost_model.compute import op_s
+from autotp.cost_model.link_fit import Timing
+
+KINDS = ("all_gather", "all_reduce", "all_to_all", "permute", "reduce_scatter")
+
+
+def product(dtype, shape, flops_per_s):
+    seconds = 2 * shape[0] * shape[1] * shape[2] / flops_per_s
+    return ProductTiming(dtype, shape, (seconds,) * 3, (seconds / 2,) * 3)
+
+
+def measured(products=(), places=((2, 2, 1e9),), overlap=None):
+    """Timings of a machine: `places` are (ranks, members, bytes per second)."""
+    return Measured(
+        backend="gloo",
+        world_size=4,
+        ranks_per_node=2,
+        collectives=tuple(
+            Timing(kind, ranks, members, size, 1e-3 + size / rate, 1e-4 + size / rate / 4)
+            for ranks, members, rate in places
+            for kind in KINDS
+            for size in (2**12, 2**16, 2**20, 2**24)
+        ),
+        products=tuple(products) or (product("float32", (512, 512, 512), 5e10),),
+        streams=(
+            StreamTiming("copy", 2 * 10**6, 1e-4, 5e-5),
+            StreamTiming("add", 3 * 10**6, 1.5e-4, 5e-5),
+            StreamTiming("gelu", 6 * 10**6, 2e-3, 1e-3),
+        ),
+        op_overhead=Seconds(4e-6, 3e-6),
+        overlap=overlap,
+        memory_bytes=6e9,
+    )
+
+
+@given(st.integers(0, 2**32), st.floats(1e-6, 10))
+def test_outliers_do_not_move_what_is_typical(seed, truth):
+    rng = random.Random(seed)
+    repeats = [truth * rng.uniform(0.97, 1.03) for _ in range(8)]
+    repeats += [truth * rng.uniform(5, 1000) for _ in range(3)]
+    assert typical(repeats) == pytest.approx(truth, rel=0.03)
+
+
+def test_every_figure_on_either_clock():
+    wall, cpu = fit(measured(), "here"), fit(measured(), "here", "cpu")
+    assert wall.name == "here" and wall.ranks_per_node == 2 and wall.memory_bytes == 6e9
+    assert wall.memory_bandwidth_bytes_per_s == pytest.approx(2e10)
+    assert cpu.memory_bandwidth_bytes_per_s == pytest.approx(5e10)
+    assert wall.pointwise_bytes_per_s == pytest.approx(3e9)
+    assert (wall.op_overhead_s, cpu.op_overhead_s) == (4e-6, 3e-6)
+    assert cpu.matmul_flops_per_s("float32") == pytest.approx(1e11)
+
+
+def test_each_class_of_link_has_its_own_rates():
+    places = ((2, 2, 8e9), (2, 1, 1e8), (4, 2, 2e8))
+    cluster = fit(measured(places=places), "two nodes")
+    inside, between, across = (cluster.link(*at) for at in (((2, 2), 1), ((2, 2), 0), ((4,), 0)))
+    assert inside is cluster.intra and between is cluster.inter
+    assert across is dict(cluster.crossings)[2]
+    rates = [x.rate("permute", 2).bandwidth_bytes_per_s for x in (inside, between, across)]
+    assert rates == pytest.approx([8e9, 1e8, 2e8], rel=0.05)
+
+
+def test_one_node_has_one_link():
+    cluster = fit(measured(), "one node")
+    assert cluster.inter == cluster.intra and not cluster.crossings
+
+
+def test_narrow_products_are_slower_and_the_ladder_rises():
+    shapes = {1: 1e10, 8: 3e10, 32: 2.5e10, 512: 5e10}
+    products = [product("float32", (n, 512, 512), rate) for n, rate in shapes.items()]
+    cluster = fit(measured([*products, product("float16", (128,) * 3, 3e9)]), "narrow")
+    reached = [cluster.matmul_flops_per_s("float32", n) for n in (1, 8, 32, 512, 4096)]
+    assert reached == sorted(reached) and reached[0] == pytest.approx(1e10)
+    assert reached[1] == reached[2]  # pooled: noise made it fall
+    assert reached[3] == reached[4] == pytest.approx(5e10) == cluster.matmul_flops_per_s("float32")
+    assert cluster.matmul_flops_per_s("float16", 1) == pytest.approx(3e9)
+    flops = 2 * 512 * 512
+    assert op_s(flops, 0, "float32", cluster, narrowest=1) == pytest.approx(flops / 1e10 + 4e-6)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "share"), [((1, 2, 3), 0), ((1, 2, 2), 1), ((2, 1, 2.5), 0.5), ((1, 1, 9), 0)]
+)
+def test_overlap_is_the_share_of_the_shorter_that_is_hidden(seconds, share):
+    assert fit(measured(overlap=Overlap(*seconds)), "x").overlap == share
