@@ -13,11 +13,45 @@ from autotp.passes.network import Op
 
 FUNCTIONS = frozenset(
     f"aten::{name}"
-    for name in (
-        "_log_softmax _softmax acos asin atan atan2 cos cosh cross_entropy_loss digamma elu erf"
-        " erfc erfinv exp exp2 expm1 gelu lgamma log log10 log1p log2 log_sigmoid log_softmax"
-        " logsumexp mish pow.Scalar selu sigmoid silu sin sinh softmax softplus tan tanh"
-    ).split()
+    for name in [
+        "_log_softmax",
+        "_softmax",
+        "acos",
+        "asin",
+        "atan",
+        "atan2",
+        "cos",
+        "cosh",
+        "cross_entropy_loss",
+        "digamma",
+        "elu",
+        "erf",
+        "erfc",
+        "erfinv",
+        "exp",
+        "exp2",
+        "expm1",
+        "gelu",
+        "lgamma",
+        "log",
+        "log10",
+        "log1p",
+        "log2",
+        "log_sigmoid",
+        "log_softmax",
+        "logsumexp",
+        "mish",
+        "pow.Scalar",
+        "selu",
+        "sigmoid",
+        "silu",
+        "sin",
+        "sinh",
+        "softmax",
+        "softplus",
+        "tan",
+        "tanh",
+    ]
 )
 """Ops that evaluate a transcendental function of every element."""
 
