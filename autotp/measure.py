@@ -63,7 +63,7 @@ class Effort:
 
 
 QUICK = Effort(2.0, (2**12, 2**17, 2**19, 2**22), rounds=3)
-THOROUGH = Effort(40.0, tuple(2**k for k in range(12, 25, 2)), rounds=7, others=True)
+THOROUGH = Effort(30.0, tuple(2**k for k in range(12, 25, 2)), rounds=7, others=True)
 
 Samples = Mapping[Hashable, Seconds]
 """The typical seconds of each job."""
