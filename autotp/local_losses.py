@@ -79,7 +79,8 @@ def nll_loss(
     size = splits.get("size_v", scores.shape[1])
     mine, at = targets_here(target, target != ignore_index, my_range(size, axes), size)
     share = mine if weight is None else widened(weight)[at] * mine
-    rows = -(scores.gather(1, at.unsqueeze(1)).squeeze(1) * share)
+    picked = scores.gather(1, at.unsqueeze(1)).squeeze(1)
+    rows = -(picked.masked_fill(~mine, 0) * share)  # the gradient of others is 0, also of inf
     if reduction != MEAN:
         return rows if reduction == NONE else rows.sum()
     return (rows.sum() / total_over(share.sum(), (*axes, *_row_axes(splits)))).to(scores.dtype)

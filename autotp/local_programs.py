@@ -174,7 +174,7 @@ class _RowLosses(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         logits, at, mine, valid, weight, lse, row_weight, all_weight = ctx.saved_tensors
-        grad = (widened(grad) * valid).unsqueeze(1)
+        grad = widened(grad).masked_fill(~valid, 0).unsqueeze(1)  # infinite where no target counts
         hit = (1 - ctx.smoothing) * row_weight.unsqueeze(1)
         out = (widened(logits) - lse.unsqueeze(1)).exp_()
         out.mul_(hit + ctx.uniform * all_weight)

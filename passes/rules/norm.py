@@ -78,12 +78,15 @@ def group_count(whole: Call, local: Call) -> tuple[Any, ...]:
 
 
 def weight_norm(call: Call) -> str:
-    """What stands at one index of a dim is scaled to a given length: the other dims are whole."""
+    """What stands at one index of a dim is scaled to a given length: the other dims are whole.
+
+    To torch, dim -1 is no dim but all of them: one length for the whole tensor.
+    """
     v, g = call.operands[:2]
     assert v is not None and g is not None
-    kept = call.arg(2, 0) % len(v.shape)
+    kept = call.arg(2, 0)
     names = ["d" if k == kept else f"[x{k}]" for k in range(len(v.shape))]
-    ones = ["d" if k == kept else "1" for k in range(len(g.shape))]
+    ones = ["d" if k == kept else "1" if n == 1 else f"[x{k}]" for k, n in enumerate(g.shape)]
     return f"{' '.join(names)}, {' '.join(ones)} -> {' '.join(names)}"
 
 

@@ -260,6 +260,9 @@ FAMILIES = {
         (aten.cross_entropy_loss.default, x(2, 8, 4, 3), ints(8, 2, 4, 3), c(8).abs(), 1, 2, 0.1),
         (aten.cross_entropy_loss.default, x(4, 7, 2, 3, 2), ints(7, 4, 2, 3, 2), None, 0),
         (aten.cross_entropy_loss.default, x(8), ints(8)),
+        (aten.cross_entropy_loss.default, x(4, 6), torch.full((4,), -100)),  # no target counts
+        (aten.cross_entropy_loss.default, x(4, 6), torch.full((4,), 2), c(6).abs(), 1, 2, 0.1),
+        (aten.cross_entropy_loss.default, x(4, 6), ints(6, 4), torch.zeros(6).double()),
         (aten.cross_entropy_loss.default, x(8), c(8).softmax(0)),
         *(
             (loss, x(4, 6), x(4, 6), *reduction)
@@ -276,6 +279,8 @@ FAMILIES = {
         (aten.nll_loss_nd.default, x(6, 8), targets(8, 6), c(8), 2),
         (aten.nll_loss_nd.default, x(6, 8, 3), ints(8, 6, 3), None, 0),
         (aten.nll_loss_nd.default, x(8), ints(8), None, 2),
+        (aten.nll_loss_nd.default, x(4, 6), torch.full((4,), -100)),
+        (aten.nll_loss_nd.default, x(4, 6), ints(6, 4), torch.zeros(6).double()),
         (aten.nll_loss_nd.default, x(3, 6, 2, 3, 2), ints(6, 3, 2, 3, 2), c(6).abs(), 1, 2),
         (aten.cosine_embedding_loss.default, x(4, 6), x(4, 6), SIGNS, 0.1),
         (aten.cosine_embedding_loss.default, x(4, 6), x(4, 6), SIGNS, 0.1, 0),
@@ -312,6 +317,8 @@ FAMILIES = {
         (aten.batch_norm.default, x(4, 6), None, None, *STATISTICS, False, *EPS),
         (aten._weight_norm.default, x(4, 6, 5), x(4, 1, 1)),
         (aten._weight_norm.default, x(4, 3, 6), x(1, 1, 6), 2),
+        (aten._weight_norm.default, x(4, 3, 6), x(1, 1, 1), -1),  # one length for all of it
+        (aten._weight_norm.default, x(4, 3, 6), x(1, 1, 6), -1),
         (aten.group_norm.default, x(4, 6, 5), 3, x(6), x(6)),
         (aten.group_norm.default, x(4, 6), 2),
         (aten.group_norm.default, x(4, 12, 2, 2), 4, x(12), x(12)),
