@@ -36,10 +36,7 @@ NO_GRADIENT = {
 BATCH_NORM = aten._native_batch_norm_legit_functional.default
 HIDDEN_WRITES: dict[Any, int] = {aten.batch_norm.default: 5, aten.instance_norm.default: 5}
 """Ops that write running statistics unseen by their schema -> the argument that makes them."""
-STRIDE_READERS = {
-    aten.as_strided.default, aten.as_strided_scatter.default, aten.view.dtype,
-    aten.view_as_complex.default,
-}  # fmt: skip
+STRIDE_READERS = {aten.as_strided.default, aten.as_strided_scatter.default, aten.view.dtype}
 """Ops that see strides: beside them a copy is not a no-op."""
 
 Nodes = set[fx.Node]

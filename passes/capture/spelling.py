@@ -148,6 +148,15 @@ def written_as(op: OpOverload) -> Rewrite:
     return rewrite
 
 
+def paired(node: fx.Node) -> fx.Node:
+    """Write view_as_complex, which asks for pairs side by side in memory, by its two parts."""
+    x = source(node)
+    parts = [like(node.graph, aten.select.int, (x, -1, k), x) for k in (0, 1)]
+    for k, part in enumerate(parts):
+        part.meta["val"] = value_of(x).select(-1, k)
+    return like(node.graph, aten.complex.default, tuple(parts), node)
+
+
 def joined(node: fx.Node) -> fx.Node:
     """Leave out of a cat what torch ignores there: empty vectors beside longer tensors."""
     parts: Any = node.args[0]
@@ -200,4 +209,5 @@ SPELLINGS: dict[Any, Rewrite] = {
     aten.unsafe_split_with_sizes.default: written_as(aten.split_with_sizes.default),
     aten.view.default: reshaped,
     aten.view_as.default: reshaped,
+    aten.view_as_complex.default: paired,
 }
