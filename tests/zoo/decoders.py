@@ -80,3 +80,4 @@ MODELS: dict[str, Callable[[], Built]] = {
                           num_key_value_heads=6),
 }  # fmt: skip
 SAMPLE = ("falcon", "qwen3 classifies")
+SINGLE = ("xglm",)  # fills scores with the least float64, past the range of a scalar

@@ -1,7 +1,7 @@
 """The zoo: every family's models by name, each with the inputs of one training step.
 
 A family is a file of this folder with MODELS, as in `tests/models.py`, and SAMPLE: the names of
-those that run in every `make test`.
+those that run in every `make test`. SINGLE names those that cannot run in float64 themselves.
 """
 
 import torch
@@ -34,15 +34,16 @@ FAMILIES = (
 
 MODELS = {name: build for family in FAMILIES for name, build in family.MODELS.items()}
 SAMPLE = tuple(name for family in FAMILIES for name in getattr(family, "SAMPLE", ()))
+SINGLE = {name for family in FAMILIES for name in getattr(family, "SINGLE", ())}
 
 assert len(MODELS) == sum(len(family.MODELS) for family in FAMILIES), "two models of one name"
 
 
 def build(name, *, double=False, seed=0):
-    """Return the model called `name`, in float64 if asked, with its inputs."""
+    """Return the model called `name`, in float64 if asked and able, with its inputs."""
     torch.manual_seed(seed)
     model, inputs = MODELS[name]()
-    if double:
+    if double and name not in SINGLE:
         model = model.double()
         inputs = {k: as_double(v) for k, v in inputs.items()}
     return model, inputs
