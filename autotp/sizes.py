@@ -94,6 +94,11 @@ def size(example: int, expr: Any) -> int:
     return made
 
 
+def depends_on_values(n: object) -> bool:
+    """Say whether a number of the capture is known only when the graph runs."""
+    return isinstance(n, torch.SymInt | torch.SymFloat | torch.SymBool) and n.node.hint is None
+
+
 def size_of(n: int | torch.SymInt) -> int:
     """Return a size of a captured tensor as an int or a Size."""
     return size(int(n.node.hint), n.node.expr) if isinstance(n, torch.SymInt) else n

@@ -50,6 +50,7 @@ from autotp.passes.capture.size_nodes import SizeWriter, is_size, write_sizes
 from autotp.passes.capture.spelling import spell
 from autotp.passes.capture.varying import export_varying, varying_dims
 from autotp.passes.program import InputGuards, OutputSpec, Program, name_leaves, type_of
+from autotp.sizes import depends_on_values
 
 aten = torch.ops.aten
 
@@ -332,7 +333,7 @@ def protect_buffers(
 def refuse_leftovers(graph: fx.Graph) -> None:
     """Refuse what is neither a tensor op nor functional."""
     found = [(user_line(node) or node.name, leftover(node)) for node in graph.nodes]
-    problems = [(place, what) for place, what in found if what is not None]
+    problems = list(dict.fromkeys((place, what) for place, what in found if what is not None))
     if problems:
         raise CaptureError(
             "the model computes what a plan cannot hold",
@@ -359,11 +360,6 @@ def leftover(node: fx.Node) -> str | None:
         return f"{op_name(node)}: what torch.vmap or the like leaves behind"
     assert not is_mutable(node), node
     return None
-
-
-def depends_on_values(n: object) -> bool:
-    """Say whether a number of the capture is known only when the graph runs."""
-    return isinstance(n, torch.SymInt | torch.SymFloat | torch.SymBool) and n.node.hint is None
 
 
 def order_placeholders(

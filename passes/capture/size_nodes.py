@@ -24,7 +24,7 @@ from autotp.errors import CaptureError
 from autotp.layouts import chunk
 from autotp.passes.capture.draws import is_needed
 from autotp.passes.program import VaryingDim
-from autotp.sizes import ChunkLength, Size, size, size_of
+from autotp.sizes import ChunkLength, Size, depends_on_values, size, size_of
 
 
 def chunk_length(size: int, axis: Axis) -> int:
@@ -131,7 +131,7 @@ def write_sizes(graph: fx.Graph, writer: SizeWriter) -> None:
 
 def _written(writer: SizeWriter, argument: object) -> Any:
     number = argument.meta.get("val") if isinstance(argument, fx.Node) else argument
-    if isinstance(number, torch.SymInt | Size):
+    if isinstance(number, torch.SymInt | Size) and not depends_on_values(number):
         return writer.write(size_of(number))
     return argument
 

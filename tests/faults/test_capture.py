@@ -65,6 +65,32 @@ def test_loop():
     plan(Loop())
 
 
+class Pieces(Linear):
+    def forward(self, x):
+        halves = (x.abs().sum().long() % 2 + 1).repeat(2).tolist()
+        a, b, _ = x.split([*halves, len(x) - sum(halves)])
+        return self.fc(torch.cat([b, a]))
+
+
+@fault(
+    "Pieces as long as a tensor says",
+    """
+    CaptureError: the model computes what a plan cannot hold
+      at      test_capture.py:...   aten.item.default: a Python number that depends on a tensor's values
+      at      test_capture.py:...   <built-in function add>: a Python number that depends on a tensor's values
+      at      test_capture.py:...   <built-in function sub>: a Python number that depends on a tensor's values
+      at      test_capture.py:...   <built-in function getitem>: a shape that depends on a tensor's values
+      at      test_capture.py:...   aten.cat.default: a shape that depends on a tensor's values
+      at      test_capture.py:...   aten.linear.default: a shape that depends on a tensor's values
+      remedy  compute with the values in tensors: torch.where in place of if and of x[mask]
+      remedy  compute the number before the model is called, and pass it: a constant of the plan
+      remedy  put these lines into a torch.library custom op: it runs whole, or as autotp.rule says
+    """,
+)
+def test_pieces():
+    plan(Pieces())
+
+
 class Item(Linear):
     def forward(self, x):
         return self.fc(x) * x.max().item()

@@ -185,3 +185,4 @@ MODELS: dict[str, Callable[[], Built]] = {
     "experts on all tokens": lambda: by_hand(Dense),
 }
 SAMPLE = ("mixtral", "experts by einsum")
+SINGLE = ("mixtral", "mixtral balanced", "qwen2-moe", "deepseek-v3")  # grouped_mm has no float64
