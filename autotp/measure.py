@@ -128,6 +128,10 @@ OVERLAPPED = 2**20
 """Bytes of the all-reduce that runs beside products."""
 
 
+MOST_PRODUCTS = 32
+"""Beside one collective: a pilot of two rounds may be far off, and no more would be hidden."""
+
+
 def _axis(shape: Shape) -> DistAxis:
     """Return this rank's group of a shape; each group is made by its own ranks."""
     group = dist.new_group(shape.group(dist.get_rank()), use_local_synchronization=True)
@@ -146,7 +150,8 @@ def _pilot(clock: _Rounds, axis: DistAxis, device: torch.device) -> tuple[list[s
     flops = matmul_flops(PILOT, PILOT, PILOT)
     fast = [d for d in DTYPES if flops / found[d, (PILOT,) * 3, 0].seconds > SLOW_FLOPS_PER_S]
     alone = [found["overlap", what].seconds for what in ("collective", "product")]
-    agreed: tuple[list[str], int] = from_rank_0((fast, max(1, round(alone[0] / alone[1]))))
+    ratio = min(MOST_PRODUCTS, max(1, round(alone[0] / alone[1])))
+    agreed: tuple[list[str], int] = from_rank_0((fast, ratio))
     return agreed
 
 
