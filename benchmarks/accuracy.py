@@ -118,7 +118,7 @@ class Row:
 def run_scheme(shape: str, scheme: str, cluster: Cluster, steps: int) -> Row | str:
     """Plan, run and measure one scheme on this rank; say why where it is refused."""
     torch.manual_seed(0)
-    model, inputs = SHAPES[shape]() if shape != WARM else gpt(4, 16, 64)
+    model, inputs = SHAPES[shape]() if shape != WARM else gpt(4, 16, 256)
     try:
         pins = None if scheme == PICK else scheme_pins(scheme, model, GRID, inputs)
         model = autotp.parallelize(model, GRID, inputs, cluster=cluster, pins=pins)
