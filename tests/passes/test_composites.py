@@ -35,7 +35,7 @@ COMPOSITES = {
     "split": lambda x: torch.tensor_split(x, 4, dim=1),
     "stacked": lambda x: torch.hstack([x, x]),
     "conjugated": lambda x: torch.view_as_complex(x.unflatten(1, (3, 2))).conj().imag,
-    "written": lambda x: torch.slice_scatter(x.new_empty(4, 8), x, 1, 1, 7),
+    "written": lambda x: torch.slice_scatter(x.new_empty(4, 8), x, 1, 1, 7)[:, 1:7],
     "begun empty": lambda x: torch.cat([torch.empty(0).type_as(x), x, x], dim=1),
     "leaks": lambda x: F.prelu(x, x.new_full((6,), 0.1)),
 }
