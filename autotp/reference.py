@@ -175,10 +175,13 @@ def _step(
 
 
 def nudge(
-    state: Mapping[str, Tensor], inputs: Sequence[Tensor], eps: float
+    state: Mapping[str, Tensor], inputs: Sequence[Tensor], eps: float, draw: int = 0
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """Return parameters, buffers and inputs with every float rounded up or down at random."""
-    generator = torch.Generator().manual_seed(SEED)
+    """Return parameters, buffers and inputs with every float rounded up or down at random.
+
+    Each `draw` rounds in other directions.
+    """
+    generator = torch.Generator().manual_seed(SEED + draw)
     moved: dict[int, Tensor] = {}
     for t in (*state.values(), *inputs):
         up = torch.rand(t.shape, generator=generator).to(t.device) < 0.5

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import autotp
 from autotp import collectives, simulate
-from autotp.check import compare
+from autotp.check import compare, prepare
 from autotp.cost_model.cluster import bandwidth_bound
 from autotp.errors import AutotpError, PlanError
 from autotp.passes.capture.model import capture
@@ -116,6 +116,19 @@ def test_a_gradient_of_rounding_alone_is_no_difference(seed, grid):
     report = checked(shifted(seed), grid)
     shift = next(d for d in report.differences if (d.kind, d.name) == ("gradient", "shift"))
     assert report.ok and shift.largest < 1e-6
+
+
+def test_a_rounding_that_moves_nothing_is_not_the_last_word():
+    model, inputs = shifted(10)
+    subject = prepare(model, (), inputs)
+    still = dataclasses.replace(subject, jitter=dict.fromkeys(subject.jitter, 0.0))
+    report = compare(still, autotp.plan(model, (1, 4), inputs, cluster=CHIPS))
+    unmoved = [dataclasses.replace(d, jitter=0.0) for d in report.differences]
+    assert (
+        report.largest
+        <= report.tolerance.value
+        < max(d.relative(report.tolerance) for d in unmoved)
+    )
 
 
 def test_a_small_gradient_that_is_wrong_is_found(monkeypatch):
