@@ -1,4 +1,7 @@
-"""What a user calls: parallelize, plan, check. Who reads `compile_rank` has seen the compiler."""
+"""What a user calls: parallelize, plan, grids, check.
+
+Who reads `compile_rank` has seen the compiler.
+"""
 
 from __future__ import annotations
 
@@ -13,24 +16,26 @@ from torch import fx, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from autotp.axis import Axis
-from autotp.calibrate import cached_cluster, can_measure, measured_cluster, refuse_unmeasurable
+from autotp.calibrate import can_measure, measured_cluster, refuse_unmeasurable
 from autotp.check import compare, prepare
 from autotp.comparison import Report
-from autotp.cost_model.cluster import Cluster, by_name
+from autotp.cost_model.cluster import Cluster
 from autotp.dynamic import DynamicInputs
 from autotp.errors import AutotpError, PlanError
-from autotp.grid import Coords, Grid, as_grid
+from autotp.grid import Coords, Grid, as_grid, is_open
+from autotp.grid_choice import best_plan, is_undecided, priced, refuse_open
+from autotp.grid_table import Grids
 from autotp.layouts import I, Layout, layout_text
 from autotp.module import Compiled, ParallelModule, State, compile_mode, make_parallel, new_state
 from autotp.options import Options
-from autotp.passes.capture.model import capture
 from autotp.passes.capture.regions import fold_regions
 from autotp.passes.capture.varying import given_dims
 from autotp.passes.emit.codegen import emit
 from autotp.passes.emit.verify import verify
 from autotp.passes.factors import Factors, infer_factors
+from autotp.passes.grids import price_grids
 from autotp.passes.identity import fingerprint, graph_digest, refuse_other_ops
-from autotp.passes.network import Network, read_network, refuse_unruled
+from autotp.passes.network import Network
 from autotp.passes.planning import search_plan
 from autotp.passes.program import Program
 from autotp.plan import Plan
@@ -41,9 +46,11 @@ from autotp.ranks import (
     ensure_process_group,
     from_rank_0,
     make_mesh,
+    open_ranks,
     refuse_disagreement,
     together,
 )
+from autotp.reading import MEASURE, as_cluster, inferred, read, split_inputs
 from autotp.refusals import refuse_model
 
 Pins = Mapping[str, Mapping[str, str]]
@@ -69,7 +76,7 @@ def compile_rank(
     `cluster` is asked for on all ranks, and only where a plan is searched.
     """
     with stage("capture"):
-        program, network = together(lambda: _read(model, args, kwargs, train, options))
+        program, network = together(lambda: read(model, args, kwargs, train, options))
     mine = fingerprint(program)
     refuse_disagreement(
         "models",
@@ -132,7 +139,8 @@ def parallelize(
     """Make `model` the program of this rank of `grid`, in place, and return it.
 
     grid            a tuple such as (2, 2), a dict of named axes or a DeviceMesh: all ranks of the
-                    process group, which torchrun's environment starts where there is none.
+                    process group, which torchrun's environment starts where there is none. A
+                    number of ranks, or "auto": the fastest grid of all of them (`grids`).
     example_inputs  a tuple (args), a dict (kwargs) or both; None plans at the first call.
     cluster         what prices the plan: a Cluster, its name, or "measure": this machine, from the
                     cache or timed for a few seconds; the default where there are several ranks.
@@ -148,9 +156,12 @@ def parallelize(
     shape = ensure_process_group(grid, device.type)
     options = together(lambda: Options(outputs, strict, check_numerics, rng, dynamic))
     chosen = together(lambda: _accepted(model, cluster, device))
-    _refuse_other_calls(shape, model, example_inputs, plan, chosen, options)
+    _refuse_other_calls(grid, shape, model, example_inputs, plan, chosen, options)
+    price_by = cache(lambda: measured_cluster(device) if chosen is None else chosen)
+    if is_undecided(grid, shape):
+        plan = plan or _decided(grid, shape, model, example_inputs, pins, price_by, options)
+        shape = ensure_process_group(plan.grid, device.type)
     mesh = grid if isinstance(grid, DeviceMesh) else make_mesh(shape, device.type)
-    priced = cache(lambda: measured_cluster(device) if chosen is None else chosen)
 
     def compile_one(
         whole: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], train: bool
@@ -165,7 +176,7 @@ def parallelize(
             grid=shape,
             coords=state.coords,
             axes=state.axes,
-            cluster=priced,
+            cluster=price_by,
             plan=plan if plan and plan.train == train and is_first else None,
             pins=None if state.layouts else pins,
             rest=state.layouts or _planned_layouts(plan, shape),
@@ -216,7 +227,23 @@ def _accepted(
     return None if measured else as_cluster(cluster, device, ranks=1)
 
 
+def _decided(
+    grid: object,
+    shape: Grid,
+    model: nn.Module,
+    example_inputs: Any,
+    pins: Pins | None,
+    cluster: Callable[[], Cluster],
+    options: Options,
+) -> Plan:
+    """Return rank 0's plan on the grid that it finds the fastest, on every rank."""
+    together(lambda: refuse_open(grid, example_inputs, pins))
+    ranks, chosen = shape.world_size, cluster()
+    return _agreed(lambda: best_plan(model, ranks, example_inputs, chosen, options))
+
+
 def _refuse_other_calls(
+    given: Any,
     grid: Grid,
     model: nn.Module,
     example_inputs: Any,
@@ -226,7 +253,7 @@ def _refuse_other_calls(
 ) -> None:
     """Raise RuntimeStateError unless all ranks call parallelize alike: the same steps follow."""
     call = {
-        "grid": f"{grid} {grid.names}",
+        "grid": f"{grid} ranks" if is_open(given) else f"{grid} {grid.names}",
         "mode": "train" if model.training else "eval",
         "example_inputs": "none" if example_inputs is None else "given",
         "plan": "none" if plan is None else "given",
@@ -234,21 +261,6 @@ def _refuse_other_calls(
         **options.described(),
     }
     refuse_disagreement("calls of autotp.parallelize", call, "make the same call on every rank")
-
-
-def _read(
-    model: nn.Module,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    train: bool,
-    options: Options,
-) -> tuple[Program, Network]:
-    """Return a model as program and network; with `strict`, only if every op has a rule."""
-    program = capture(model, args, kwargs, train=train, dynamic=options.dynamic)
-    network = read_network(program)
-    if options.strict:
-        refuse_unruled(program, network)
-    return program, network
 
 
 def plan(
@@ -267,16 +279,38 @@ def plan(
     Arguments as for `parallelize`; cluster="measure" is what was measured before, and the default
     does not depend on this machine.
     """
-    shape = as_grid(grid)
+    shape = as_grid(open_ranks(grid) if is_open(grid) else grid)
     refuse_model(model, weights=False)
     args, kwargs = split_inputs(example_inputs)
     chosen = as_cluster(cluster, device_of(list(model.parameters())), shape.world_size)
     options = Options(outputs, strict, dynamic=dynamic)
-    with stage("capture"):
-        program, network = _read(model, args, kwargs, model.training, options)
-    with stage("infer factors"):
-        factors = infer_factors(network, program.inputs)
-    return search_plan(program, network, factors, shape, chosen, pins, None, options.sharded).plan
+    if is_undecided(grid, shape):
+        refuse_open(grid, example_inputs, pins)
+        return best_plan(model, shape.world_size, example_inputs, chosen, options)
+    found = inferred(model, args, kwargs, options)
+    return search_plan(*found, shape, chosen, pins, None, options.sharded).plan
+
+
+def grids(
+    model: nn.Module,
+    ranks: int,
+    example_inputs: Any,
+    *,
+    cluster: Cluster | str | None = None,
+    outputs: str = "full",
+    strict: bool = False,
+    dynamic: DynamicInputs | None = None,
+) -> Grids:
+    """Return what the best plan takes on every grid of `ranks`, the fastest first: print it.
+
+    Every factorisation into one to three axes and every order of the axes is planned: the last axes
+    run inside a node. Arguments as for `parallelize`; no process group and no weights are needed.
+    """
+    refuse_model(model, weights=False)
+    count = open_ranks(ranks)
+    chosen = as_cluster(cluster, device_of(list(model.parameters())), count)
+    options = Options(outputs, strict, dynamic=dynamic)
+    return priced(model, count, example_inputs, chosen, options)[1]
 
 
 def check(
@@ -297,45 +331,26 @@ def check(
     with rng="exact" dropout stays on and is compared too.
     """
     options = Options(rng=rng, dynamic=dynamic)
-    shape = as_grid(grid)
+    shape = as_grid(open_ranks(grid) if is_open(grid) else grid)
     refuse_model(model, weights=True)
     with stage("run the original"):
         subject = prepare(model, *split_inputs(example_inputs), options.rng, options.dynamic)
     program, network = subject.program, subject.network
     if plan is None:
         chosen = as_cluster(cluster, device_of(list(model.parameters())), shape.world_size)
+        found = program, network, subject.factors
         with stage("plan"):
-            plan = search_plan(program, network, subject.factors, shape, chosen, pins).plan
+            if is_undecided(grid, shape):
+                refuse_open(grid, example_inputs, pins)
+                shape = price_grids(*found, shape.world_size, chosen).best
+            plan = search_plan(*found, shape, chosen, pins).plan
+    elif is_undecided(grid, shape):
+        shape = plan.grid
     refuse_other(plan, fingerprint(program), shape, program.train)
     refuse_other_ops(plan, program, network)
     plan.dynamic.refuse(program.example_sizes)
     with stage(f"run {shape.world_size} ranks"):
         return compare(subject, plan)
-
-
-def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return (args, kwargs) of example inputs: a tuple, a dict, or (tuple, dict)."""
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    if isinstance(example_inputs, torch.Tensor):
-        return (example_inputs,), {}
-    items = tuple(example_inputs)
-    if len(items) == 2 and isinstance(items[0], tuple) and isinstance(items[1], Mapping):
-        return items[0], dict(items[1])
-    return items, {}
-
-
-MEASURE = "measure"
-"""The name of a cluster that stands for this machine."""
-
-
-def as_cluster(cluster: Cluster | str | None, device: torch.device, ranks: int) -> Cluster:
-    """Return a cluster: as given, by name, measured before, or the default of the device."""
-    if isinstance(cluster, Cluster):
-        return cluster
-    if cluster == MEASURE:
-        return cached_cluster(ranks, device)
-    return by_name(cluster or ("dgx_h100" if device.type == "cuda" else "gloo_loopback"))
 
 
 def _agreed(make: Callable[[], Plan]) -> Plan:

@@ -1,4 +1,4 @@
-"""The command line: `autotp demo`, `autotp calibrate`, `autotp plan MODEL`, `autotp check MODEL`.
+"""The command line: `autotp demo`, `calibrate`, `regions`, and `plan`, `grids`, `check` of a MODEL.
 
 Prints results on standard output and progress on standard error. Exit status: 0 when all is well,
 1 when the demo or a check finds a difference, 2 when autotp refuses what it was asked.
@@ -14,16 +14,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from rich.console import Console
 
 import autotp
 from autotp import demo
-from autotp.api import MEASURE
 from autotp.calibrate import calibrate_rank, table
-from autotp.cost_model.cluster import CLUSTERS, bandwidth_bound
+from autotp.cost_model.cluster import CLUSTERS, bandwidth_bound, by_name
 from autotp.errors import AutotpError, CalibrationError
 from autotp.launch import launch
 from autotp.measure import THOROUGH
 from autotp.progress import stage
+from autotp.reading import MEASURE
+from autotp.regions import win_regions
 from autotp.zoo import ZOO, build
 
 GridArgument = tuple[int, ...] | dict[str, int]
@@ -62,15 +64,28 @@ def make_parser() -> argparse.ArgumentParser:
     plan.add_argument("--save", metavar="FILE", help="write the plan as JSON")
     _add_model(plan, batch=8, seq=1024)
     plan.set_defaults(run=run_plan)
+    grids = commands.add_parser("grids", help="show what a model takes on every grid")
+    _add_model(grids, batch=8, seq=1024, grid=False)
+    grids.add_argument("--ranks", type=int, required=True, help="such as 64")
+    grids.set_defaults(run=run_grids)
+    regions = commands.add_parser(
+        "regions", help="show where each scheme sends least, and formulas"
+    )
+    regions.add_argument("--ranks", type=int, required=True, help="such as 64")
+    regions.add_argument("--cluster", choices=sorted(CLUSTERS), default="dgx_h100")
+    regions.add_argument("--seq", type=int, default=2048)
+    regions.set_defaults(run=run_regions)
     check = commands.add_parser("check", help="compare every rank's program with the model")
     _add_model(check, batch=4, seq=16)
     check.set_defaults(run=run_check)
     return parser
 
 
-def _add_model(parser: argparse.ArgumentParser, *, batch: int, seq: int) -> None:
+def _add_model(parser: argparse.ArgumentParser, *, batch: int, seq: int, grid: bool = True) -> None:
     parser.add_argument("model", choices=sorted(ZOO))
-    parser.add_argument("--grid", type=parse_grid, required=True, help="such as 2x2 or dp=2,tp=4")
+    if grid:
+        shown = "such as 2x2 or dp=2,tp=4"
+        parser.add_argument("--grid", type=parse_grid, required=True, help=shown)
     parser.add_argument(
         "--cluster", choices=[*sorted(CLUSTERS), MEASURE], help="the machine to plan for"
     )
@@ -107,6 +122,22 @@ def run_plan(args: argparse.Namespace) -> int:
     print(plan)
     if args.save:
         plan.save(args.save)
+    return 0
+
+
+def run_grids(args: argparse.Namespace) -> int:
+    """Price every grid of a number of ranks for a model of full size on the meta device."""
+    with stage(f"build {args.model}"):
+        model, inputs = build(args.model, batch=args.batch, seq=args.seq)
+    print(autotp.grids(model, args.ranks, inputs, cluster=args.cluster))
+    return 0
+
+
+def run_regions(args: argparse.Namespace) -> int:
+    """Draw the winners over batch and hidden size."""
+    batches, hiddens = ([2**k for k in powers] for powers in (range(10), range(8, 15)))
+    cluster = by_name(args.cluster)
+    Console().print(win_regions(args.ranks, cluster, args.seq, batches, hiddens))
     return 0
 
 

@@ -77,7 +77,9 @@ class CalibrationError(AutotpError):
 
 
 class BudgetError(AutotpError):
-    """No plan fits the memory of a rank."""
+    """No plan fits the memory of a rank; `needed_bytes` is what the smallest one takes."""
+
+    needed_bytes: int = 0
 
 
 class WrappedModelError(AutotpError):

@@ -111,3 +111,18 @@ def as_grid(grid: Grid | int | tuple[int, ...] | Mapping[str, int] | Any) -> Gri
 def default_names(axes: int) -> tuple[str, ...]:
     """Name `axes` axes: two are row and col, other counts are numbered."""
     return DEFAULT_NAMES.get(axes) or tuple(f"axis{i}" for i in range(axes))
+
+
+AUTO = "auto"
+"""The grid of a call that leaves it to the planner: of all ranks of the process group."""
+
+
+def is_open(grid: object) -> bool:
+    """Say whether a grid is a number of ranks, or "auto": then the planner chooses its axes.
+
+    >>> is_open(4), is_open("auto"), is_open((4,)), is_open({"dp": 4})
+    (True, True, False, False)
+    """
+    if isinstance(grid, str):
+        return grid == AUTO
+    return isinstance(grid, int) and not isinstance(grid, bool)

@@ -157,7 +157,14 @@ def local_shape(shape: Sequence[int], layout: Layout, grid: Grid, coords: Coords
 
 def largest_shape(shape: Sequence[int], layout: Layout, grid: Grid) -> Shape:
     """Return the local shape of rank 0, the largest under ceil chunks; of varying sizes as now."""
-    return local_shape([int(n) for n in shape], layout, grid, (0,) * len(grid.sizes))
+    sizes = [int(n) for n in shape]
+    ranks = [1] * len(sizes)
+    for t, count in zip(layout, grid.sizes, strict=True):
+        if isinstance(t, Shard):
+            ranks[t.dim] *= count
+    if all(n % count == 0 for n, count in zip(sizes, ranks, strict=True)):
+        return tuple(n // count for n, count in zip(sizes, ranks, strict=True))
+    return local_shape(sizes, layout, grid, (0,) * len(grid.sizes))
 
 
 def is_valid(shape: Sequence[int], layout: Layout, grid: Grid) -> bool:
@@ -183,8 +190,14 @@ def is_valid_size(size: int, ranks: Sequence[int]) -> bool:
     """Say whether axes of so many ranks, outermost first, can split a dim and leave none empty."""
     if size % math.prod(ranks) == 0:
         return size > 0
-    places = itertools.product(*map(range, ranks))
-    return all(_nested_size(size, ranks, index) > 0 for index in places)
+    sizes = {size}
+    for count in ranks:
+        steps = {n: -(-n // count) for n in sizes}
+        last = {n - (count - 1) * step for n, step in steps.items()}
+        if min(last) <= 0:
+            return False
+        sizes = last | set(steps.values() if count > 1 else ())
+    return True
 
 
 def _blocks_are_valid(
@@ -197,13 +210,6 @@ def _blocks_are_valid(
         return False
     same = all(p == parts for p in own[outer:])
     return same and sum(parts) == size and all(p % ranks == 0 for p in parts)
-
-
-def _nested_size(size: int, ranks: Sequence[int], index: Sequence[int]) -> int:
-    for count, i in zip(ranks, index, strict=True):
-        low, high = chunk(size, count, i)
-        size = high - low
-    return size
 
 
 def is_even(shape: Sequence[int], layout: Layout, grid: Grid) -> bool:

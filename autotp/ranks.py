@@ -15,7 +15,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from autotp.errors import AutotpError, GridError, RuntimeStateError
-from autotp.grid import Grid, as_grid
+from autotp.grid import AUTO, Grid, as_grid, is_open
 from autotp.liveness import last_node, lost, watch
 from autotp.version import VERSION
 
@@ -35,7 +35,7 @@ def ensure_process_group(grid: Any, device_type: str) -> Grid:
     if dist.is_initialized():
         watch()
         refuse_disagreement("versions", versions(), "install the same versions on every machine")
-    found = together(lambda: as_grid(grid)) if dist.is_initialized() else as_grid(grid)
+    found = together(lambda: _as_grid(grid)) if dist.is_initialized() else _as_grid(grid)
     if not dist.is_initialized():
         if found.world_size > 1:
             raise RuntimeStateError(
@@ -46,6 +46,27 @@ def ensure_process_group(grid: Any, device_type: str) -> Grid:
         dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     together(lambda: _refuse_world(found, dist.get_world_size()))
     return found
+
+
+def _as_grid(grid: Any) -> Grid:
+    """Return `grid` as a Grid; one that is open as one axis of all its ranks."""
+    return as_grid(open_ranks(grid) if is_open(grid) else grid)
+
+
+def open_ranks(grid: Any) -> int:
+    """Return the ranks of a grid that is open: as said, or those of the process group.
+
+    Raises GridError for "auto" where there is no process group.
+    """
+    if grid != AUTO:
+        return as_grid(grid).world_size
+    if not dist.is_initialized():
+        raise GridError(
+            'grid="auto" takes all ranks of the process group, and there is none',
+            at=[("process", "was started alone: no process group, no RANK, no WORLD_SIZE")],
+            remedy=("say how many ranks: grid=4", torchrun(4)),
+        )
+    return dist.get_world_size()
 
 
 def _refuse_world(grid: Grid, world: int) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import nn
 
-from autotp.api import Pins, split_inputs
+from autotp.api import Pins
 from autotp.grid import Grid, as_grid
 from autotp.layouts import Layout, Shard, is_valid
 from autotp.passes.anatomy import Anatomy, Product, read_anatomy, root_of
@@ -30,6 +30,7 @@ from autotp.passes.network import Network, Op, read_network
 from autotp.passes.pins import fits, matches
 from autotp.passes.program import Program
 from autotp.passes.strategies import can_rest, is_owned
+from autotp.reading import split_inputs
 
 Role = tuple[str, ...]
 """What an axis splits, by preference.

@@ -108,6 +108,13 @@ class Cluster:
         measured = dict(self.crossings).get(members)
         return measured or crossing(self.intra, self.inter, grid_sizes[axis], members)
 
+    def place(self, grid_sizes: Sequence[int], axis: int) -> str:
+        """Say where `axis` runs: "inside" a node, "between" nodes, or "across" both."""
+        stride = math.prod(grid_sizes[axis + 1 :])
+        if stride * grid_sizes[axis] <= self.ranks_per_node:
+            return "inside"
+        return "between" if self.ranks_per_node // stride < 2 else "across"
+
     def matmul_flops_per_s(self, dtype: object, narrowest: int | None = None) -> float:
         """Return the matmul rate of `dtype` (a name or a torch.dtype), float32's if unlisted.
 

@@ -8,11 +8,12 @@ the axes of a grid. Values without gradient are I where others would be R.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import overload
 
+import numpy as np
 import torch
 
 from autotp.grid import Grid
@@ -47,11 +48,6 @@ class Strategy:
     operands: tuple[Layout, ...]
     results: tuple[Layout, ...]
 
-    def split_axes(self, factor: str, *, alone: bool = False) -> tuple[int, ...]:
-        """Return the axes that split `factor`, or it alone, outermost first."""
-        found = [(a, c.split) for a, c in enumerate(self.choices) if factor in c.split]
-        return tuple(a for a, split in found if not alone or len(split) == 1)
-
 
 @dataclass(frozen=True, slots=True)
 class Typing:
@@ -66,13 +62,93 @@ class Typing:
         return cls(tuple(v.grad for v in operands), tuple(v.grad for v in results))
 
 
-def strategies_of(op: Op, typing: Typing, factors: Factors, grid: Grid) -> list[Strategy]:
+@dataclass(frozen=True, slots=True, eq=False)
+class Strategies(Sequence[Strategy]):
+    """The legal strategies of one op, in a fixed order, as numbers; each is spelled out when read.
+
+    choices   how one axis may meet the op
+    picks     [strategy, axis], the number of a choice
+    """
+
+    choices: tuple[AxisChoice, ...]
+    picks: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.picks)
+
+    @overload
+    def __getitem__(self, number: int) -> Strategy: ...
+
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[Strategy]: ...
+
+    def __getitem__(self, number: int | slice) -> Strategy | Sequence[Strategy]:
+        if isinstance(number, slice):
+            return Strategies(self.choices, self.picks[number])
+        return _combine(tuple(self.choices[k] for k in self.picks[number].tolist()))
+
+    def keep(self, kept: Sequence[int] | np.ndarray) -> Strategies:
+        """Return some of the strategies."""
+        return Strategies(self.choices, self.picks[kept])
+
+    def axes_where(self, holds: Sequence[bool]) -> np.ndarray:
+        """Return per strategy, as bits, the axes whose choice (by number) is one that holds."""
+        bits = 1 << np.arange(self.picks.shape[1])
+        return np.asarray(np.asarray(holds, dtype=bool)[self.picks] @ bits)
+
+    def layouts(self, types: Sequence[AxisType]) -> tuple[tuple[Layout, ...], np.ndarray]:
+        """Return the distinct layouts of a tensor that choice k gives type k, and which is whose.
+
+        They stand in the order of the first strategy that has them.
+        """
+        distinct = tuple(dict.fromkeys(types))
+        number = {t: k for k, t in enumerate(distinct)}
+        by_choice = np.array([number[t] for t in types])
+        radix = len(distinct) ** np.arange(self.picks.shape[1])
+        codes = by_choice[self.picks] @ radix
+        _, first, which = np.unique(codes, return_index=True, return_inverse=True)
+        order = np.argsort(first)
+        rank = np.empty_like(order)
+        rank[order] = np.arange(len(order))
+        picks = self.picks[first[order]].tolist()
+        return tuple(tuple(types[k] for k in row) for row in picks), rank[which]
+
+
+def strategies_of(op: Op, typing: Typing, factors: Factors, grid: Grid) -> Strategies:
     """Return every legal strategy of `op` on `grid`, in a fixed order."""
-    choices = axis_choices(op, typing, factors)
-    alone = [c for c in choices if c.name == "I"]
-    per_axis = [choices if size > 1 else alone for size in grid.sizes]
-    found = (_combine(combo) for combo in itertools.product(*per_axis))
-    return [s for s in found if _is_legal(s, op, grid)]
+    return legal_strategies(op, axis_choices(op, typing, factors), grid)
+
+
+def legal_strategies(op: Op, choices: Sequence[AxisChoice], grid: Grid) -> Strategies:
+    """Return every combination of an op's choices over the axes of a grid that is legal.
+
+    Blocks must divide, and every operand and result must be able to have its layout.
+    """
+    able = [k for k, c in enumerate(choices) if _program_can(c, op)]
+    alone = [k for k, c in enumerate(choices) if c.name == "I"]
+    per_axis = [able if size > 1 else alone for size in grid.sizes]
+    combined = np.stack(np.meshgrid(*per_axis, indexing="ij"), axis=-1)
+    found = Strategies(tuple(choices), combined.reshape(-1, len(grid.sizes)).astype(np.intp))
+    for name, unit in {c.name: int(c.unit) for c in choices if c.unit}.items():
+        sharing = found.axes_where([c.name == name for c in choices])
+        divides = [unit % ranks == 0 for ranks in ranks_by_axes(grid)]
+        found = found.keep(np.array(divides)[sharing])
+    tensors = [*(t for t in op.call.operands if t), *op.call.results]
+    typed = zip(*((*c.operands, *c.results) for c in choices), strict=True)
+    for t, types in zip(tensors, typed, strict=True):
+        layouts, which = found.layouts(types)
+        valid = [is_valid(t.shape, layout, grid) for layout in layouts]
+        found = found.keep(np.array(valid, dtype=bool)[which])
+    return found
+
+
+def ranks_by_axes(grid: Grid) -> list[int]:
+    """Return the ranks of every set of axes, a set written as bits."""
+    axes = range(len(grid.sizes))
+    return [
+        math.prod(grid.sizes[a] for a in axes if chosen >> a & 1)
+        for chosen in range(1 << len(axes))
+    ]
 
 
 def _combine(combo: tuple[AxisChoice, ...]) -> Strategy:
@@ -83,30 +159,10 @@ def _combine(combo: tuple[AxisChoice, ...]) -> Strategy:
     )
 
 
-def _is_legal(strategy: Strategy, op: Op, grid: Grid) -> bool:
-    """Check that blocks divide, and that every operand and result can have its layout."""
-    for axis, choice in enumerate(strategy.choices):
-        if choice.unit:
-            sharing = [a for a, c in enumerate(strategy.choices) if c.name == choice.name]
-            if int(choice.unit) % math.prod(grid.sizes[a] for a in sharing):
-                return False
-        if choice.split and not _program_can(strategy, op, axis):
-            return False
-    tensors = [t for t in op.call.operands if t]
-    return all(
-        is_valid(t.shape, layout, grid)
-        for t, layout in zip(
-            [*tensors, *op.call.results], [*strategy.operands, *strategy.results], strict=True
-        )
-    )
-
-
-def _program_can(strategy: Strategy, op: Op, axis: int) -> bool:
+def _program_can(choice: AxisChoice, op: Op) -> bool:
     """A program that needs ranges of a factor takes plain chunks of it, on one or several axes."""
-    own = set(strategy.choices[axis].split) & set(op.rule.own) - set(op.rule.blocks)
-    if not own:
-        return True
-    return all(not (isinstance(t, Shard) and t.parts) for t in strategy.choices[axis].operands)
+    own = set(choice.split) & set(op.rule.own) - set(op.rule.blocks)
+    return not own or all(not (isinstance(t, Shard) and t.parts) for t in choice.operands)
 
 
 def axis_choices(op: Op, typing: Typing, factors: Factors) -> list[AxisChoice]:

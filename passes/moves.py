@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -30,7 +31,6 @@ from autotp.layouts import (
     Shard,
     is_valid,
     largest_shape,
-    may_change,
     move_of,
 )
 
@@ -56,32 +56,55 @@ class Step:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Column:
-    """The layouts of one operand or result under each choice: long, and so compared by identity."""
+    """The layouts of one operand or result under each choice: long, and so compared by identity.
 
-    layouts: tuple[Layout, ...]
+    distinct   the layouts, in the order of their first choice
+    which      the number of its layout, per choice
+    """
+
+    distinct: tuple[Layout, ...]
+    which: np.ndarray
 
     def __len__(self) -> int:
-        return len(self.layouts)
+        return len(self.which)
 
     def __iter__(self) -> Iterator[Layout]:
-        return iter(self.layouts)
+        return map(self.distinct.__getitem__, self.which.tolist())
 
     def __getitem__(self, choice: int) -> Layout:
-        return self.layouts[choice]
+        return self.distinct[self.which[choice]]
+
+
+TIE = 1e-12
+"""Share by which ways that cost the same may differ."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MoveTable:
     """The cheapest ways between all layouts of one value.
 
-    seconds   [from, to], inf where there is no way
-    via       [from, to], the layout after the first step
+    single    [from, to] seconds of one move, inf where there is none
+    seconds   [from, to] of the cheapest way, inf where there is none
     """
 
     layouts: tuple[Layout, ...]
     number: dict[Layout, int]
+    single: np.ndarray
     seconds: np.ndarray
-    via: np.ndarray
+
+    def following(self, at: int, end: int) -> int:
+        """Return the first step from one layout to another: at once, else the lowest of equals."""
+        costs = self.single[at] + self.seconds[:, end]
+        costs[at] = np.inf
+        cheapest = costs <= costs.min() * (1 + TIE)
+        return end if cheapest[end] else int(np.argmax(cheapest))
+
+
+Turn = tuple[int, AxisType, AxisType]
+"""An axis, its type before and after."""
+
+Change = tuple[Turn, np.ndarray, np.ndarray]
+"""A turn, and the numbers of the layouts that it leads from and to."""
 
 
 @dataclass(slots=True)
@@ -91,20 +114,31 @@ class Moves:
     grid: Grid
     cluster: Cluster
     _tables: dict[tuple[object, ...], MoveTable] = field(default_factory=dict)
-    _columns: dict[tuple[Layout, ...], Column] = field(default_factory=dict)
+    _columns: dict[tuple[tuple[Layout, ...], bytes], Column] = field(default_factory=dict)
     _prices: dict[tuple[str, int, int], float] = field(default_factory=dict)
+    _known: dict[tuple[tuple[Layout, ...], AxisTypes], Sequence[Change]] = field(
+        default_factory=dict
+    )
+    _elements: dict[tuple[Shape, Layout], int] = field(default_factory=dict)
     _between: dict[tuple[MoveTable, Column, Column], np.ndarray] = field(default_factory=dict)
 
     def column(self, layouts: Iterable[Layout]) -> Column:
         """Return the one column of these layouts."""
         layouts = tuple(layouts)
-        return self._columns.setdefault(layouts, Column(layouts))
+        number = {c: k for k, c in enumerate(dict.fromkeys(layouts))}
+        return self.column_of(tuple(number), np.array([number[c] for c in layouts], dtype=np.intp))
+
+    def column_of(self, distinct: tuple[Layout, ...], which: np.ndarray) -> Column:
+        """Return the one column whose choice k has the layout `distinct[which[k]]`."""
+        key = (distinct, which.tobytes())
+        return self._columns.setdefault(key, Column(distinct, which))
 
     def between(self, table: MoveTable, before: Column, after: Column) -> np.ndarray:
         """Return the seconds [from, to] of the cheapest ways between the layouts of two columns."""
         key = (table, before, after)
         if key not in self._between:
-            rows, columns = ([table.number[c] for c in side] for side in (before, after))
+            ends = [np.array([table.number[c] for c in side.distinct]) for side in (before, after)]
+            rows, columns = ends[0][before.which], ends[1][after.which]
             self._between[key] = table.seconds[np.ix_(rows, columns)]
         return self._between[key]
 
@@ -132,35 +166,45 @@ class Moves:
         number = {layout: k for k, layout in enumerate(layouts)}
         seconds = np.full((len(layouts), len(layouts)), np.inf)
         np.fill_diagonal(seconds, 0.0)
-        via = np.tile(np.arange(len(layouts)), (len(layouts), 1))
-        sizes = [self.local_bytes(shape, dtype, c) for c in layouts]
-        for k, layout in enumerate(layouts):
-            for axis, after in _changes(layout, types):
-                j = number.get((*layout[:axis], after, *layout[axis + 1 :]))
-                if j is not None:
-                    edge = self._edge_s(layout, axis, after, (sizes[k], sizes[j]), grad, again)
-                    seconds[k, j] = edge
-        _close(seconds, via)
-        return MoveTable(layouts, number, seconds, via)
+        held = np.array([self.local_bytes(shape, dtype, c) for c in layouts], dtype=np.int64)
+        for (axis, before, after), k, j in self._changes(layouts, number, types):
+            size = wire_bytes(before, after, held[k], held[j], self.grid.sizes[axis])
+            seconds[k, j] = self._edge_s(axis, before, after, size, grad, again)
+        return MoveTable(layouts, number, seconds, closed(seconds))
+
+    def _changes(
+        self, layouts: tuple[Layout, ...], number: Mapping[Layout, int], types: AxisTypes
+    ) -> Sequence[Change]:
+        """Return the changes between these layouts, noted once for all values that have them."""
+        key = (layouts, types)
+        if key not in self._known:
+            found = _ends(number, types)
+            self._known[key] = [(c, *np.array(ends).T) for c, ends in found.items()]
+        return self._known[key]
 
     def local_bytes(self, shape: Shape, dtype: torch.dtype, layout: Layout) -> int:
         """Return what the largest rank holds of a tensor."""
-        return math.prod(largest_shape(shape, layout, self.grid)) * dtype.itemsize
+        key = (shape, layout)
+        if key not in self._elements:
+            self._elements[key] = math.prod(largest_shape(shape, layout, self.grid))
+        return self._elements[key] * dtype.itemsize
 
     def _edge_s(
         self,
-        layout: Layout,
         axis: int,
+        before: AxisType,
         after: AxisType,
-        sizes: tuple[int, int],
+        sizes: np.ndarray,
         grad: bool,
         again: bool,
-    ) -> float:
-        move = move_of(layout[axis], after)
+    ) -> np.ndarray:
+        """Return the seconds of one change of type for buffers of each of these sizes."""
+        move = move_of(before, after)
         assert move is not None
         kinds = [move.forward] * (1 + again) + ([move.backward] if grad else [])
-        size = wire_bytes(layout[axis], after, *sizes, self.grid.sizes[axis])
-        return sum(self.kind_s(kind, size, axis) for kind in kinds)
+        distinct, which = np.unique(sizes, return_inverse=True)
+        prices = [sum(self.kind_s(kind, n, axis) for kind in kinds) for n in distinct.tolist()]
+        return np.array(prices)[which]
 
     def kind_s(self, kind: str, size_bytes: int, axis: int) -> float:
         """Return the seconds of one collective, or of a local copy, over one axis."""
@@ -185,7 +229,7 @@ class Moves:
         steps = []
         at, end = table.number[before], table.number[after]
         while at != end:
-            following = int(table.via[at, end])
+            following = table.following(at, end)
             steps.append(self._step(table.layouts[at], table.layouts[following], shape, dtype))
             at = following
         return steps
@@ -202,31 +246,31 @@ class Moves:
         return Step(axis, before[axis], after[axis], move.forward, move.backward, size)
 
 
-TIE = 1e-12
-"""Share by which a longer way must be cheaper to be taken."""
-
-
-def _close(seconds: np.ndarray, via: np.ndarray) -> None:
-    """Replace the seconds of single moves by those of the cheapest ways, in place.
+def closed(single: np.ndarray) -> np.ndarray:
+    """Return the seconds of the cheapest ways, given those of single moves.
 
     Source: Floyd 1962, "Algorithm 97: Shortest path".
     """
-    through, limit = np.empty_like(seconds), np.empty_like(seconds)
-    better = np.empty(seconds.shape, dtype=bool)
+    seconds, through = single.copy(), np.empty_like(single)
     for mid in range(len(seconds)):
         np.add(seconds[:, mid : mid + 1], seconds[mid : mid + 1, :], out=through)
-        np.multiply(seconds, 1 - TIE, out=limit)
-        np.less(through, limit, out=better)
-        np.copyto(seconds, through, where=better)
-        np.copyto(via, via[:, mid : mid + 1].copy(), where=better)
+        np.minimum(seconds, through, out=seconds)
+    return seconds
+
+
+Bytes = TypeVar("Bytes", int, np.ndarray)
+"""Of one buffer, or of many."""
 
 
 def wire_bytes(
-    before: AxisType, after: AxisType, before_bytes: int, after_bytes: int, ranks: int
-) -> int:
+    before: AxisType, after: AxisType, before_bytes: Bytes, after_bytes: Bytes, ranks: int
+) -> Bytes:
     """Return the full size of a move's buffer: the largest chunk for every rank."""
     if isinstance(before, Shard) and isinstance(after, Shard):
-        return max(before_bytes, after_bytes)
+        if isinstance(before_bytes, int):
+            return max(before_bytes, after_bytes)
+        larger: np.ndarray = np.maximum(before_bytes, after_bytes)
+        return larger
     if isinstance(before, Shard):
         return before_bytes * ranks
     return after_bytes * ranks if isinstance(after, Shard) else before_bytes
@@ -238,15 +282,6 @@ def exchange_bytes(local: Shape, before: AxisType, after: Shard, ranks: int) -> 
     if isinstance(before, Shard) and before.dim != after.dim:
         filled[after.dim] = -(-local[after.dim] // ranks) * ranks
     return math.prod(filled)
-
-
-def _changes(layout: Layout, types: AxisTypes) -> list[tuple[int, AxisType]]:
-    return [
-        (axis, after)
-        for axis, options in enumerate(types)
-        for after in options
-        if move_of(layout[axis], after) and may_change(layout, axis, after)
-    ]
 
 
 def axis_types(layouts: Sequence[Layout], grad: bool, axes: int) -> AxisTypes:
@@ -262,3 +297,20 @@ def axis_types(layouts: Sequence[Layout], grad: bool, axes: int) -> AxisTypes:
     types = (*always, *([P] if partial else []), *sorted(shards))
     used = [any(layout[a] is not I for layout in layouts) for a in range(axes)]
     return tuple(types if used[a] else (I,) for a in range(axes))
+
+
+def _ends(number: Mapping[Layout, int], types: AxisTypes) -> dict[Turn, list[tuple[int, int]]]:
+    """Return, for every turn, the layouts between which it leads: as `may_change` allows."""
+    out: dict[Turn, list[tuple[int, int]]] = {}
+    for axis, options in enumerate(types):
+        after_of = {t: [u for u in options if move_of(t, u)] for t in options}
+        for layout, k in number.items():
+            before, outer, inner = layout[axis], layout[:axis], layout[axis + 1 :]
+            taken = {t.dim for t in inner if isinstance(t, Shard)}
+            if isinstance(before, Shard) and before.dim in taken:
+                continue
+            for after in after_of[before]:
+                j = number.get((*outer, after, *inner))
+                if j is not None and not (isinstance(after, Shard) and after.dim in taken):
+                    out.setdefault((axis, before, after), []).append((k, j))
+    return out

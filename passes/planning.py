@@ -33,7 +33,7 @@ from autotp.passes.pins import (
     irreducible,
     refuse_misfits,
 )
-from autotp.passes.pricing import RESULT, Table, needed_positions, typing_of, whole_flops
+from autotp.passes.pricing import RESULT, Table, needed_positions, typing_of
 from autotp.passes.program import Program
 from autotp.passes.requirements import requirements
 from autotp.passes.schedule import needs_of, schedule
@@ -44,6 +44,9 @@ from autotp.passes.traffic import internal_traffic
 from autotp.plan import Decision, Memory, Plan, Resting
 from autotp.progress import stage
 from autotp.sizes import examples
+
+ROUNDS = 10
+"""How often a smaller plan is asked for, where none is small enough."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +69,12 @@ def search_plan(
     pins: Pins | None = None,
     rest: Mapping[str, Layout] | None = None,
     sharded_outputs: bool = False,
+    rounds: int = ROUNDS,
 ) -> Planned:
     """Return the cheapest plan of `program` on `grid` that the pins allow.
 
     `rest` fixes the resting layouts of parameters by name: those of a plan for the other mode.
+    `rounds` is how often a smaller plan is asked for, where none is small enough.
 
     Raises PinError, and BudgetError where no plan fits the memory of a rank.
     """
@@ -86,13 +91,24 @@ def search_plan(
         refuse_misfits(kept)
         return model
 
+    last: dict[tuple[int, ...], Plan] = {}
+
     def read(solution: Solution) -> Plan:
-        return read_plan(program, network, factors, model, solution, grid, cluster)
+        if solution.choice not in last:
+            last.clear()
+            plan = read_plan(program, network, factors, model, solution, grid, cluster)
+            last[solution.choice] = plan
+        return replace(
+            last[solution.choice],
+            lower_bound_s=solution.lower_bound_s,
+            search_s=solution.seconds,
+            method=solution.method,
+        )
 
     with stage("strategies"):
         model = model_with(pins)
     with stage("search"):
-        solution = solve_within(model.problem, budget(cluster), read)
+        solution = solve_within(model.problem, budget(cluster), read, rounds)
     if not np.isfinite(solution.cost_s):
         blamed = irreducible(pins, lambda fewer: _is_possible(model_with(fewer)))
         raise contradiction(blamed, "no plan has all of these")
@@ -105,7 +121,7 @@ def search_plan(
 
 
 def solve_within(
-    problem: Problem, limit: float | None, read: Callable[[Solution], Plan]
+    problem: Problem, limit: float | None, read: Callable[[Solution], Plan], rounds: int = ROUNDS
 ) -> Solution:
     """Return the cheapest solution whose plan needs at most `limit` bytes.
 
@@ -118,7 +134,7 @@ def solve_within(
         return solve(problem)
     found = _fitting(problem, limit, read)
     if found is None:
-        raise _over_budget(limit, _least(problem, read))
+        raise _over_budget(limit, _least(problem, read, rounds))
     return found
 
 
@@ -142,14 +158,10 @@ def _fitting(problem: Problem, limit: float, read: Callable[[Solution], Plan]) -
         asked = solution.memory_bytes - (total - limit)
 
 
-ROUNDS = 10
-"""How often a smaller plan is asked for, where none is small enough."""
-
-
-def _least(problem: Problem, read: Callable[[Solution], Plan]) -> Memory:
+def _least(problem: Problem, read: Callable[[Solution], Plan], rounds: int) -> Memory:
     """Return the memory of the smallest plan that can be found."""
     least = read(smallest(problem)).memory
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         smaller = _fitting(problem, least.total - 1, read)
         if smaller is None:
             break
@@ -158,7 +170,7 @@ def _least(problem: Problem, read: Callable[[Solution], Plan]) -> Memory:
 
 
 def _over_budget(limit: float, least: Memory) -> BudgetError:
-    return BudgetError(
+    error = BudgetError(
         f"no plan was found that fits {bytes_text(limit)} per rank",
         at=[
             ("smallest plan", memory_text(least)),
@@ -169,6 +181,8 @@ def _over_budget(limit: float, least: Memory) -> BudgetError:
             "more ranks, a smaller batch, or fewer trained parameters",
         ),
     )
+    error.needed_bytes = least.total
+    return error
 
 
 def _is_possible(model: Model) -> bool:
@@ -266,7 +280,7 @@ def _decision(
         axes=grid.names,
         where=program.where.get(op.name, ""),
         free=op.rule.free,
-        flops=whole_flops(op),
+        flops=table.flops,
         region=op.region,
     )
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
 from autotp.cost_model.compute import op_s
 from autotp.cost_model.memory import ADAMW_STATES
 from autotp.grid import Grid
-from autotp.passes.choices import Strategy, Typing
+from autotp.passes.choices import Strategies, Typing, ranks_by_axes
 from autotp.passes.moves import Column, Moves
 from autotp.passes.network import Network, Op, Value
 from autotp.passes.roofline import is_function, narrowest
@@ -40,20 +41,23 @@ class Table:
 
     saved   the bytes of each operand (or RESULT) that backward needs, per choice
     memory  those that are charged to this variable
+    flops   of an op's products on whole tensors
     """
 
-    strategies: tuple[Strategy, ...]
+    strategies: Strategies | tuple[()]
     operands: tuple[Column, ...]
     results: tuple[Column, ...]
     seconds: np.ndarray
     memory: np.ndarray
     saved: Mapping[int, np.ndarray] = field(default_factory=dict)
+    flops: int = 0
 
     def keep(self, kept: Sequence[int], moves: Moves) -> Table:
         """Return the table of some of the choices."""
         index = list(kept)
-        return Table(
-            strategies=tuple(self.strategies[k] for k in index),
+        return replace(
+            self,
+            strategies=self.strategies.keep(index) if self.strategies else (),
             operands=tuple(moves.column(c[k] for k in index) for c in self.operands),
             results=tuple(moves.column(c[k] for k in index) for c in self.results),
             seconds=self.seconds[index],
@@ -79,49 +83,72 @@ def typing_of(network: Network, op: Op) -> Typing:
     )
 
 
-def price_op(op: Op, strategies: Sequence[Strategy], typing: Typing, moves: Moves) -> Table:
+def price_op(op: Op, strategies: Strategies, typing: Typing, moves: Moves) -> Table:
     """Return the table of an op; nothing that it saves is charged yet."""
     slots = list(dict.fromkeys([*saved_positions(op, typing), RESULT]))
-    costs = [_op_cost(op, s, typing, moves) for s in strategies]
-    operands = zip(*(s.operands for s in strategies), strict=True)
-    results = zip(*(s.results for s in strategies), strict=True)
-    return Table(
-        strategies=tuple(strategies),
-        operands=tuple(map(moves.column, operands)),
-        results=tuple(map(moves.column, results)),
-        seconds=np.array([seconds for seconds, _ in costs]),
-        memory=np.zeros(len(strategies)),
-        saved={s: np.array([held[s] for _, held in costs], dtype=float) for s in slots},
-    )
-
-
-def _op_cost(op: Op, s: Strategy, typing: Typing, moves: Moves) -> tuple[float, dict[int, int]]:
-    """Return seconds, forward and backward, and the bytes of each operand and of the result."""
+    count = len(typing.operands)
     tensors = [*(t for t in op.call.operands if t), *op.call.results]
+    typed = zip(*((*c.operands, *c.results) for c in strategies.choices), strict=True)
+    columns = [moves.column_of(*strategies.layouts(types)) for types in typed]
     held = [
-        moves.local_bytes(t.shape, t.dtype, layout)
-        for t, layout in zip(tensors, [*s.operands, *s.results], strict=True)
+        np.array([moves.local_bytes(t.shape, t.dtype, c) for c in column.distinct])[column.which]
+        for t, column in zip(tensors, columns, strict=True)
     ]
-    by_slot = {**dict(enumerate(held[: len(s.operands)])), RESULT: held[len(s.operands)]}
-    if op.rule.free:
-        return 0.0, by_slot
-    training = any(typing.results)
-    dtype = op.call.results[0].dtype
-    sizes = local_sizes(op, s, moves.grid)
-    flops = _flops(op, sizes)
-    seconds = op_s(
-        flops,
-        sum(held),
-        dtype,
-        moves.cluster,
-        narrowest=narrowest(op, sizes) if flops and moves.cluster.narrow_flops_per_s else None,
-        function=is_function(op),
+    by_slot = {**dict(enumerate(held[:count])), RESULT: held[count]}
+    return Table(
+        strategies=strategies,
+        operands=tuple(columns[:count]),
+        results=tuple(columns[count:]),
+        seconds=_seconds(op, strategies, sum(held, np.zeros(1)), typing, moves),
+        memory=np.zeros(len(strategies)),
+        saved={s: by_slot[s].astype(float) for s in slots},
+        flops=whole_flops(op),
     )
-    split = [c.split for c in s.choices]
-    inside = internal_traffic(op, split, s.operands, s.results, moves.grid, training)
-    sending = sum(n * moves.kind_s(kind, size, axis) for axis, kind, size, n in inside)
+
+
+def _seconds(
+    op: Op, strategies: Strategies, moved: np.ndarray, typing: Typing, moves: Moves
+) -> np.ndarray:
+    """Return the seconds of each strategy, forward and backward, that moves so many bytes."""
+    if op.rule.free:
+        return np.zeros(len(strategies))
+    training = any(typing.results)
+    seconds = _arithmetic(op, strategies, moved, moves)
     passes = PASSES + bool(op.region) if training else 1
-    return float(seconds) * passes + sending, by_slot
+    return np.asarray(seconds * passes + _sending(op, strategies, training, moves))
+
+
+def _arithmetic(op: Op, strategies: Strategies, moved: np.ndarray, moves: Moves) -> np.ndarray:
+    """Return the seconds of each strategy's operator, once: its roofline."""
+    sizes, cluster = local_sizes(op, strategies, moves.grid), moves.cluster
+    flops = np.zeros(len(strategies)) + _flops(op, sizes)
+    dtype, function = op.call.results[0].dtype, is_function(op)
+    narrow = narrowest(op, sizes) if products(op) and cluster.narrow_flops_per_s else None
+    if narrow is None:
+        return np.asarray(op_s(flops, moved, dtype, cluster, function=function))
+    seconds, narrow = np.empty(len(flops)), np.broadcast_to(narrow, flops.shape)
+    for n in np.unique(narrow):
+        at = narrow == n
+        given = flops[at], moved[at], dtype, cluster
+        seconds[at] = op_s(*given, narrowest=int(n), function=function)
+    return seconds
+
+
+def _sending(op: Op, strategies: Strategies, training: bool, moves: Moves) -> np.ndarray:
+    """Return the seconds of what the program of an op sends itself, by strategy."""
+    out = np.zeros(len(strategies))
+    if op.rule.traffic is None:
+        return out
+    splits = [c.split for c in strategies.choices]
+    for n, picks in enumerate(strategies.picks.tolist()):
+        split = [splits[k] for k in picks]
+        if op.rule.runs(split):
+            s = strategies[n]
+            inside = internal_traffic(op, split, s.operands, s.results, moves.grid, training)
+            out[n] = sum(
+                times * moves.kind_s(kind, size, axis) for axis, kind, size, times in inside
+            )
+    return out
 
 
 def saved_positions(op: Op, typing: Typing) -> list[int]:
@@ -151,29 +178,28 @@ def needed_positions(op: Op, typing: Typing) -> list[int]:
     return [k for k in factors if any(typing.operands[j] for j in factors if j != k)]
 
 
-def local_flops(op: Op, s: Strategy, grid: Grid) -> int:
-    """Return the forward flops of one rank: two per element of each contracted product."""
-    return _flops(op, local_sizes(op, s, grid))
-
-
-def local_sizes(op: Op, s: Strategy, grid: Grid) -> dict[str, int]:
-    """Return the size of each factor on one rank.
+def local_sizes(op: Op, strategies: Strategies, grid: Grid) -> dict[str, np.ndarray]:
+    """Return the size of each factor on one rank, by strategy.
 
     Of factors that split together only the first divides the work: a rank meets all of the others.
     """
     met = {f for group in op.rule.groups(op.call) for f in group[1:]}
-    return {
-        f: -(-int(n) // math.prod(grid.sizes[a] for a in s.split_axes(f, alone=f in met)))
-        for f, n in op.signature.sizes.items()
-    }
+    ranks = ranks_by_axes(grid)
+    sizes = {}
+    for f, size in op.signature.sizes.items():
+        holds = [f in c.split and (len(c.split) == 1 or f not in met) for c in strategies.choices]
+        by_axes = np.array([float(-(-int(size) // n)) for n in ranks])
+        sizes[f] = by_axes[strategies.axes_where(holds)]
+    return sizes
 
 
 def whole_flops(op: Op) -> int:
     """Return the forward flops of an op on whole tensors."""
-    return _flops(op, {f: int(n) for f, n in op.signature.sizes.items()})
+    return int(_flops(op, {f: int(n) for f, n in op.signature.sizes.items()}))
 
 
-def _flops(op: Op, sizes: Mapping[str, int]) -> int:
+def _flops(op: Op, sizes: Mapping[str, Any]) -> Any:
+    """Return the flops of an op whose factors have these sizes: numbers, or arrays of them."""
     return 2 * sum(math.prod(sizes.get(f, 1) for f in term) for term in products(op))
 
 

@@ -6,8 +6,12 @@ exponential of every element less of its memory's.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
 
 from autotp.passes.network import Op
 
@@ -62,10 +66,11 @@ def is_function(op: Op) -> bool:
     return name in FUNCTIONS or f"{name}.{overload}" in FUNCTIONS
 
 
-def narrowest(op: Op, sizes: Mapping[str, int]) -> int | None:
+def narrowest(op: Op, sizes: Mapping[str, Any]) -> Any:
     """Return the smallest of the three dims of an op that is one product; None for any other.
 
-    Factors that lie in the same operands and results are one dim; those in all are its batch.
+    Factors that lie in the same operands and results are one dim; those in all are its batch. The
+    sizes are numbers, or arrays of them.
     """
     sig = op.signature
     if op.rule.flops:
@@ -73,9 +78,9 @@ def narrowest(op: Op, sizes: Mapping[str, int]) -> int | None:
     factors = [k for k in range(len(sig.operands)) if k not in sig.added]
     places = [{f for dim in sig.operands[k] for p in dim for f in p} for k in factors]
     made = {f for dims in sig.results for dim in dims for p in dim for f in p}
-    dims: dict[tuple[bool, ...], list[int]] = {}
+    dims: dict[tuple[bool, ...], list[Any]] = {}
     for f in sig.factors():
         place = (*(f in operand for operand in places), f in made)
         if any(place[:-1]) and not all(place):
             dims.setdefault(place, []).append(sizes.get(f, 1))
-    return min((math.prod(s) for s in dims.values()), default=None)
+    return functools.reduce(np.minimum, map(math.prod, dims.values())) if dims else None

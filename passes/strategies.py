@@ -273,7 +273,7 @@ def _note_types(b: _Builder, value: str, made: Sequence[Column]) -> None:
     grad = b.network.values[value].grad
     columns = tuple(dict.fromkeys([*made, *wanted]))
     if (grad, *columns) not in b.met:
-        layouts = list(dict.fromkeys(itertools.chain(*columns)))
+        layouts = list(dict.fromkeys(itertools.chain(*(c.distinct for c in columns))))
         b.met[grad, *columns] = axis_types(layouts, grad, len(b.moves.grid.sizes))
     b.types[value] = b.met[grad, *columns]
 
@@ -294,7 +294,7 @@ def _add_source(b: _Builder, value: str) -> None:
 def _meets_shards(b: _Builder, value: str) -> bool:
     """Say whether any reader of a value can read it in shards in which it may rest."""
     wanted = (b.wide[n].operands[position] for n, position in b.readers[value] if n != OUTPUT)
-    types = (t for column in wanted for layout in column for t in layout)
+    types = (t for column in wanted for layout in column.distinct for t in layout)
     return any(isinstance(t, Shard) and can_rest((t,)) for t in types)
 
 
@@ -313,7 +313,7 @@ def _resting_layouts(b: _Builder, v: Value) -> Column:
             if is_owned(c) and can_rest(c) and is_valid(v.shape, c, b.moves.grid)
         )
     every = b.resting[key]
-    kept = b.limits.rest(v.name, every.layouts)
+    kept = b.limits.rest(v.name, tuple(every))
     return every if len(kept) == len(every) else b.moves.column(every[k] for k in kept)
 
 
@@ -336,7 +336,7 @@ def _add_copy(b: _Builder, value: str) -> None:
     key = ("copy", v.shape, v.dtype, is_saved, columns)
 
     def price() -> Table:
-        shared = b.moves.column(dict.fromkeys(itertools.chain(*columns)))
+        shared = b.moves.column(dict.fromkeys(itertools.chain(*(c.distinct for c in columns))))
         return price_copy(v, shared, is_saved, b.moves)
 
     table = b.table(key, price)

@@ -12,10 +12,12 @@ WORDS = {"dynamic", "errors", "grid", "layouts", "options", "progress", "sizes",
 PLANS = {
     "coverage",
     "formula",
+    "grid_table",
     "notation",
     "plan",
     "plan_file",
     "program_text",
+    "regions",
     "repeats",
     "report",
 }

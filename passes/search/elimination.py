@@ -18,14 +18,19 @@ import heapq
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
+import torch
 
 CALL = 20_000
 """Cells that are computed in the time that one more numpy operation costs."""
 
 BLOCK = 2**18
-"""Cells above which a sum is minimised choice by choice, to stay in the cache."""
+"""Cells above which a sum is minimised a few choices at a time, to stay in the cache."""
+
+TOGETHER = 8
+"""How many: two thirds of the time of one by one, and a third of that of 32."""
 
 TIE = 1e-13
 """Costs closer than this share of the total are equal: the lowest choice wins."""
@@ -266,16 +271,25 @@ def run(elimination: Elimination, leaves: Sequence[np.ndarray]) -> list[np.ndarr
 
 
 def _minimum(views: Sequence[np.ndarray], cells: int) -> np.ndarray:
-    """Return the minimum over axis 0 of the sum of `views`."""
+    """Return the minimum over axis 0 of the sum of `views`.
+
+    Large ones by torch, whose loops over broadcast doubles take less than half of numpy's time.
+    """
     if cells <= BLOCK:
         return np.asarray(_sum(views).min(axis=0))
-    least = np.array(_sum([v[0] for v in views]))
-    for k in range(1, len(views[0])):
-        np.minimum(least, _sum([v[k] for v in views]), out=least)
-    return least
+    tables = [torch.from_numpy(view) for view in views]
+    shape = np.broadcast_shapes(*(view.shape[1:] for view in views))
+    least = torch.full(shape, math.inf, dtype=torch.float64)
+    for k in range(0, len(views[0]), TOGETHER):
+        part = _sum([table[k : k + TOGETHER] for table in tables])
+        torch.minimum(least, part.amin(0), out=least)
+    return least.numpy()
 
 
-def _sum(views: Sequence[np.ndarray]) -> np.ndarray:
+Array = TypeVar("Array", np.ndarray, torch.Tensor)
+
+
+def _sum(views: Sequence[Array]) -> Array:
     total = views[0]
     for view in views[1:]:
         total = total + view

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 import autotp
+from autotp.cost_model.cluster import bandwidth_bound
 from autotp.grid import as_grid
 from tests.end_to_end.on_ranks import on_ranks
 from tests.faults.table import fault
@@ -119,6 +120,88 @@ def test_a_process_alone_is_told_how_to_start():
 )
 def test_the_product_of_a_grid(grid):
     autotp.parallelize(mlp(), (2, 3))
+
+
+@fault(
+    "A grid is to be chosen, and nothing says for how many ranks",
+    """
+    GridError: grid="auto" takes all ranks of the process group, and there is none
+      at      process   was started alone: no process group, no RANK, no WORLD_SIZE
+      remedy  say how many ranks: grid=4
+      remedy  torchrun --nproc-per-node=4 your_script.py
+    """,
+)
+def test_auto_needs_ranks():
+    autotp.plan(mlp(), "auto", (torch.randn(4, 8),))
+
+
+@fault(
+    "A grid is to be chosen, and a script was started without torchrun",
+    """
+    GridError: grid="auto" takes all ranks of the process group, and there is none
+      at      process   was started alone: no process group, no RANK, no WORLD_SIZE
+      remedy  say how many ranks: grid=4
+      remedy  torchrun --nproc-per-node=4 your_script.py
+    """,
+)
+def test_auto_needs_torchrun():
+    autotp.parallelize(mlp(), "auto", (torch.randn(4, 8),))
+
+
+@on_ranks((2, 2))
+@fault(
+    "A grid is to be chosen without example inputs",
+    """
+    GridError: grid='auto' is chosen for the sizes of example inputs, and there are none
+      at      example_inputs   None: the plan is made at the first call
+      remedy  pass example_inputs, or name the grid, such as grid=(2, 2)
+    """,
+)
+def test_a_grid_is_chosen_for_inputs(grid):
+    autotp.parallelize(mlp(), "auto")
+
+
+@fault(
+    "A grid is to be chosen, and pins name its axes",
+    """
+    PinError: pins name axes, and grid=4 has none before it is chosen
+      at      0          is pinned on col
+      at      2.weight   is pinned on row, col
+      remedy  plan without pins, or name the grid, such as grid=(2, 2): print(autotp.grids(...)) shows them
+    """,
+)
+def test_pins_need_a_grid():
+    pins = {"0": {"col": "o"}, "2.weight": {"row": "S(0)", "col": "S(1)"}}
+    autotp.plan(mlp(), 4, (torch.randn(4, 8),), pins=pins)
+
+
+@fault(
+    "No grid of so many ranks fits their memory",
+    """
+    BudgetError: no grid of 4 ranks has a plan that fits 2 kB per rank
+      at      grid 4     2.75 kB at least
+      at      grid 2x2   2.75 kB at least
+      remedy  a budget of 2752 bytes or more: cluster.memory_bytes=2752
+      remedy  more ranks, a smaller batch, or fewer trained parameters
+    """,
+)
+def test_no_grid_fits():
+    autotp.grids(mlp(), 4, (torch.randn(4, 8),), cluster=bandwidth_bound(memory_bytes=2e3))
+
+
+@on_ranks((2, 2))
+@fault(
+    "A number of ranks that the process group does not have",
+    """
+    GridError: grid 8 needs 8 ranks, the process group has 4
+      at      grid            8 = 8
+      at      process group   4 ranks
+      remedy  a grid of 4 ranks: (1, 4), (2, 2), (4, 1)
+      remedy  torchrun --nproc-per-node=8 your_script.py
+    """,
+)
+def test_another_number_of_ranks(grid):
+    autotp.parallelize(mlp(), 8, (torch.randn(4, 8),))
 
 
 @contextlib.contextmanager
