@@ -48,6 +48,7 @@ from autotp.ranks import (
     make_mesh,
     open_ranks,
     refuse_disagreement,
+    refuse_world,
     together,
 )
 from autotp.reading import MEASURE, as_cluster, inferred, read, split_inputs
@@ -139,8 +140,7 @@ def parallelize(
     """Make `model` the program of this rank of `grid`, in place, and return it.
 
     grid            a tuple such as (2, 2), a dict of named axes or a DeviceMesh: all ranks of the
-                    process group, which torchrun's environment starts where there is none. A
-                    number of ranks, or "auto": the fastest grid of all of them (`grids`).
+                    group, which torchrun's environment starts; 4 or "auto": the fastest (`grids`).
     example_inputs  a tuple (args), a dict (kwargs) or both; None plans at the first call.
     cluster         what prices the plan: a Cluster, its name, or "measure": this machine, from the
                     cache or timed for a few seconds; the default where there are several ranks.
@@ -158,9 +158,7 @@ def parallelize(
     chosen = together(lambda: _accepted(model, cluster, device))
     _refuse_other_calls(grid, shape, model, example_inputs, plan, chosen, options)
     price_by = cache(lambda: measured_cluster(device) if chosen is None else chosen)
-    if is_undecided(grid, shape):
-        plan = plan or _decided(grid, shape, model, example_inputs, pins, price_by, options)
-        shape = ensure_process_group(plan.grid, device.type)
+    shape, plan = _decided(grid, shape, plan, model, example_inputs, pins, price_by, options)
     mesh = grid if isinstance(grid, DeviceMesh) else make_mesh(shape, device.type)
 
     def compile_one(
@@ -230,16 +228,22 @@ def _accepted(
 def _decided(
     grid: object,
     shape: Grid,
+    plan: Plan | None,
     model: nn.Module,
     example_inputs: Any,
     pins: Pins | None,
     cluster: Callable[[], Cluster],
     options: Options,
-) -> Plan:
-    """Return rank 0's plan on the grid that it finds the fastest, on every rank."""
-    together(lambda: refuse_open(grid, example_inputs, pins))
-    ranks, chosen = shape.world_size, cluster()
-    return _agreed(lambda: best_plan(model, ranks, example_inputs, chosen, options))
+) -> tuple[Grid, Plan | None]:
+    """Return grid and plan as given; of an open grid those that rank 0 finds the fastest."""
+    if not is_undecided(grid, shape):
+        return shape, plan
+    if plan is None:
+        together(lambda: refuse_open(grid, example_inputs, pins))
+        ranks, chosen = shape.world_size, cluster()
+        plan = _agreed(lambda: best_plan(model, ranks, example_inputs, chosen, options))
+    together(lambda: refuse_world(plan.grid, shape.world_size))
+    return plan.grid, plan
 
 
 def _refuse_other_calls(

@@ -44,7 +44,7 @@ def ensure_process_group(grid: Any, device_type: str) -> Grid:
                 remedy=torchrun(found.world_size),
             )
         dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
-    together(lambda: _refuse_world(found, dist.get_world_size()))
+    together(lambda: refuse_world(found, dist.get_world_size()))
     return found
 
 
@@ -69,7 +69,8 @@ def open_ranks(grid: Any) -> int:
     return dist.get_world_size()
 
 
-def _refuse_world(grid: Grid, world: int) -> None:
+def refuse_world(grid: Grid, world: int) -> None:
+    """Raise GridError unless a process group of `world` ranks has as many as the grid."""
     if world != grid.world_size:
         product = " x ".join(str(s) for s in grid.sizes)
         raise GridError(
