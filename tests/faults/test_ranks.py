@@ -235,7 +235,12 @@ def test_emit(grid):
 
 @on_ranks((1, 2))
 def test_no_rank_is_left_waiting_wherever_one_fails(grid):
-    for step in ("api.read_network", "api.infer_factors", "api.verify", "distribute.take_shard"):
+    for step in (
+        "reading.read_network",
+        "api.infer_factors",
+        "api.verify",
+        "distribute.take_shard",
+    ):
         try:
             failure_of_rank_1(grid, f"autotp.{step}")
         except RuntimeStateError as error:
