@@ -28,8 +28,9 @@ def spell(graph: fx.Graph, seeds: Collection[str]) -> None:
     open_composites(graph)
     found = carriers(graph, seeds)
     keep_copies = any(node.target in STRIDE_READERS for node in graph.nodes)
-    copies = [n for n in graph.nodes if SPELLINGS.get(n.target) is copied]
-    others = [n for n in graph.nodes if n.target in SPELLINGS and n not in set(copies)]
+    known = [n for n in graph.nodes if n.target in SPELLINGS]
+    copies = [n for n in known if SPELLINGS[n.target] is copied]
+    others = [n for n in known if SPELLINGS[n.target] is not copied]
     for node in others if keep_copies else [*others, *reversed(copies)]:
         rewrite = SPELLINGS[node.target]
         if node.target is aten.detach.default and node.args[0] in found:
