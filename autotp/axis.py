@@ -85,6 +85,15 @@ class Axis(ABC):
         self._count("all_reduce", x)
         return self._all_reduce(x.contiguous(), op)
 
+    def start_all_reduce(self, buffer: Tensor) -> Tensor:
+        """Start to sum every rank's `buffer`, and use it up; `landed` returns the sum."""
+        self._count("all_reduce", buffer)
+        return self._start_all_reduce(buffer)
+
+    def landed(self, x: Tensor) -> Tensor:
+        """Return `x`, or what it is a view of, once what was started on it is done."""
+        return x
+
     def all_to_all(
         self,
         x: Tensor,
@@ -124,6 +133,9 @@ class Axis(ABC):
     @abstractmethod
     def _all_to_all(self, x: Tensor, send: list[int], receive: list[int]) -> Tensor: ...
 
+    def _start_all_reduce(self, buffer: Tensor) -> Tensor:
+        return self._all_reduce(buffer, "sum")
+
 
 # Real ranks ------------------------------------------------------------------------------------
 
@@ -154,6 +166,17 @@ class DistAxis(Axis):
     def _all_to_all(self, x: Tensor, send: list[int], receive: list[int]) -> Tensor:
         return self._call("all_to_all_single", x, receive, send)
 
+    def _start_all_reduce(self, buffer: Tensor) -> Tensor:
+        if buffer.is_complex() or torch.compiler.is_compiling():
+            return self._all_reduce(buffer, "sum")
+        return self._or_lost("all_reduce", lambda: _start(buffer, self.group_name))
+
+    def landed(self, x: Tensor) -> Tensor:
+        """Return `x` once what was started on its memory is done; raises LostRankError."""
+        if torch.compiler.is_compiling():
+            return x
+        return self._or_lost("all_reduce", lambda: _wait(x))
+
     def _call(self, op: str, x: Tensor, *arguments: Any) -> Tensor:
         """Return what a collective returns, complex numbers sent as pairs.
 
@@ -165,11 +188,20 @@ class DistAxis(Axis):
         start = getattr(_FUNCTIONAL, op)
         if torch.compiler.is_compiling():
             return _wait(start(x, *arguments, self.group_name))
+        return self._or_lost(op, lambda: _wait(start(x, *arguments, self.group_name)))
+
+    def _or_lost(self, op: str, run: Callable[[], Tensor]) -> Tensor:
         try:
-            return _wait(start(x, *arguments, self.group_name))
+            return run()
         except RuntimeError as error:
             node = last_node(sys._getframe())
             raise lost(f"{op} on axis {self.name!r}", node, error) from error
+
+
+def _start(buffer: Tensor, group_name: str) -> Tensor:
+    """Start an all-reduce in place; torch keeps the work by the buffer's storage, for `_wait`."""
+    started: Tensor = _FUNCTIONAL.all_reduce_(buffer, "sum", group_name)
+    return started
 
 
 def _wait(pending: Tensor) -> Tensor:

@@ -76,7 +76,9 @@ class PlannedMove:
     """One change of a value's type on one axis.
 
     size_bytes   the whole buffer of the collective, on the largest rank
+    seconds      its own, or its part of those of the call that it shares with others
     sent         bytes sent per rank, by collective, forward and backward together
+    again        says that it is made once more when backward recomputes what reads it
     """
 
     value: str
@@ -89,6 +91,25 @@ class PlannedMove:
     size_bytes: int
     seconds: float
     sent: tuple[tuple[str, Fraction], ...]
+    again: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Moves of parameters that one call makes, by one collective each way over one buffer.
+
+    moves        their numbers in the plan
+    size_bytes   of the whole buffer
+    later        says that the gradients are waited for when backward ends
+    """
+
+    axis: str
+    forward: str
+    backward: str
+    moves: tuple[int, ...]
+    size_bytes: int
+    seconds: float
+    later: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +166,7 @@ class Plan:
     notes      dims that one would expect to be split and that an axis does not divide
     outputs    the layout in which each output is returned before it is handed to the user
     dynamic    the dims that may vary, and what sizes of them the plan can split
+    buckets    the moves of parameters that share their collectives
     alternatives   plans again with one op made to choose otherwise; a loaded plan has none
     """
 
@@ -166,6 +188,7 @@ class Plan:
     unruled: tuple[tuple[str, int], ...] = ()
     notes: tuple[str, ...] = ()
     dynamic: Dynamic = field(default_factory=Dynamic)
+    buckets: tuple[Bucket, ...] = ()
     alternatives: Alternatives | None = field(default=None, compare=False, repr=False)
 
     def __getitem__(self, name: str) -> Decision:
@@ -180,9 +203,11 @@ class Plan:
         return iter(self.decisions)
 
     def collectives(self) -> list[str]:
-        """Return the collectives of the forward program, in order."""
+        """Return the collectives of the forward program, in order; a shared call is one."""
         sends = {"all_gather", "all_reduce", "all_to_all", "reduce_scatter"}
-        return [m.forward for m in self.moves if m.forward in sends]
+        later = {n for bucket in self.buckets for n in bucket.moves[1:]}
+        moves = [m for n, m in enumerate(self.moves) if n not in later]
+        return [m.forward for m in moves if m.forward in sends]
 
     def sent(self) -> dict[tuple[str, str], Fraction]:
         """Return the bytes that a rank sends in one step, by collective and axis."""

@@ -12,7 +12,7 @@ from autotp.dynamic import Dynamic, DynamicDim, DynamicSplit
 from autotp.errors import GridError, PlanError
 from autotp.grid import Grid
 from autotp.layouts import layout_text, parse_layout
-from autotp.plan import Decision, Memory, Plan, PlannedMove, Resting
+from autotp.plan import Bucket, Decision, Memory, Plan, PlannedMove, Resting
 
 VERSION = 3
 
@@ -31,6 +31,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "copies": {v: layout_text(c) for v, c in plan.copies.items()},
         "outputs": [None if c is None else layout_text(c) for c in plan.outputs],
         "moves": [_move_data(m) for m in plan.moves],
+        "buckets": [_bucket_data(b) for b in plan.buckets],
         "internal": [[*row[:3], str(row[3])] for row in plan.internal],
         "memory_bytes": [
             plan.memory.parameters,
@@ -80,7 +81,12 @@ def _decision_data(d: Decision) -> dict[str, Any]:
 def _move_data(m: PlannedMove) -> list[Any]:
     sent = [[kind, str(size)] for kind, size in m.sent]
     ends = [layout_text(m.before), layout_text(m.after)]
-    return [m.value, m.of, m.axis, *ends, m.forward, m.backward, m.size_bytes, m.seconds, sent]
+    kinds = [m.forward, m.backward]
+    return [m.value, m.of, m.axis, *ends, *kinds, m.size_bytes, m.seconds, sent, m.again]
+
+
+def _bucket_data(b: Bucket) -> list[Any]:
+    return [b.axis, b.forward, b.backward, list(b.moves), b.size_bytes, b.seconds, b.later]
 
 
 def from_json(data: Mapping[str, Any]) -> Plan:
@@ -112,6 +118,7 @@ def _read(data: Mapping[str, Any]) -> Plan:
         copies={v: parse_layout(c) for v, c in data["copies"].items()},
         outputs=tuple(None if c is None else parse_layout(c) for c in data["outputs"]),
         moves=tuple(_read_move(row) for row in data["moves"]),
+        buckets=tuple(_read_bucket(row) for row in data["buckets"]),
         internal=tuple((n, a, k, Fraction(size)) for n, a, k, size in data["internal"]),
         memory=Memory(*data["memory_bytes"]),
         step_time_s=data["step_time_s"],
@@ -159,7 +166,7 @@ def _read_decision(d: Mapping[str, Any], axes: tuple[str, ...]) -> Decision:
 
 
 def _read_move(row: list[Any]) -> PlannedMove:
-    value, of, axis, before, after, forward, backward, size_bytes, seconds, sent = row
+    value, of, axis, before, after, forward, backward, size_bytes, seconds, sent, again = row
     return PlannedMove(
         value,
         of,
@@ -171,7 +178,13 @@ def _read_move(row: list[Any]) -> PlannedMove:
         size_bytes,
         seconds,
         tuple((kind, Fraction(size)) for kind, size in sent),
+        again,
     )
+
+
+def _read_bucket(row: list[Any]) -> Bucket:
+    axis, forward, backward, moves, *rest = row
+    return Bucket(axis, forward, backward, tuple(moves), *rest)
 
 
 def save(plan: Plan, path: str | Path) -> None:

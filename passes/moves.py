@@ -38,6 +38,12 @@ AxisTypes = tuple[tuple[AxisType, ...], ...]
 """The types that a value may have on each axis."""
 
 
+FULL = 3
+"""How much longer than its latency a full call's bytes take."""
+LARGE_BYTES = 2**26
+"""Where the bytes of a call are all its time, and the largest buffer of several tensors."""
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """One move of one axis: the types before and after, and the collectives' full size in bytes."""
@@ -149,18 +155,25 @@ class Moves:
         grad: bool,
         types: AxisTypes,
         again: bool = False,
+        together: bool = False,
     ) -> MoveTable:
         """Return the table of a value whose axes may have these types.
 
-        `again` says that what is sent forward is sent once more when backward recomputes it.
+        `again` says that what is sent forward is sent once more when backward recomputes it;
+        `together` that it may be sent with others: it is priced at its share of a full call.
         """
-        key = (shape, dtype, grad, types, again)
+        key = (shape, dtype, grad, types, again, together)
         if key not in self._tables:
-            self._tables[key] = self._compute(shape, dtype, grad, types, again)
+            self._tables[key] = self._compute(shape, dtype, grad, types, (again, together))
         return self._tables[key]
 
     def _compute(
-        self, shape: Shape, dtype: torch.dtype, grad: bool, types: AxisTypes, again: bool
+        self,
+        shape: Shape,
+        dtype: torch.dtype,
+        grad: bool,
+        types: AxisTypes,
+        ways: tuple[bool, bool],
     ) -> MoveTable:
         layouts = tuple(c for c in itertools.product(*types) if is_valid(shape, c, self.grid))
         number = {layout: k for k, layout in enumerate(layouts)}
@@ -169,7 +182,7 @@ class Moves:
         held = np.array([self.local_bytes(shape, dtype, c) for c in layouts], dtype=np.int64)
         for (axis, before, after), k, j in self._changes(layouts, number, types):
             size = wire_bytes(before, after, held[k], held[j], self.grid.sizes[axis])
-            seconds[k, j] = self._edge_s(axis, before, after, size, grad, again)
+            seconds[k, j] = self._edge_s(axis, before, after, size, grad, ways)
         return MoveTable(layouts, number, seconds, closed(seconds))
 
     def _changes(
@@ -196,14 +209,18 @@ class Moves:
         after: AxisType,
         sizes: np.ndarray,
         grad: bool,
-        again: bool,
+        ways: tuple[bool, bool],
     ) -> np.ndarray:
         """Return the seconds of one change of type for buffers of each of these sizes."""
         move = move_of(before, after)
         assert move is not None
-        kinds = [move.forward] * (1 + again) + ([move.backward] if grad else [])
+        again, together = ways
+        backward = move.backward if grad else "none"
+        kinds = [move.forward] * (1 + again) + [backward]
+        shared = together and may_share(move.forward, backward, again)
+        price = self.share_s if shared else self.kind_s
         distinct, which = np.unique(sizes, return_inverse=True)
-        prices = [sum(self.kind_s(kind, n, axis) for kind in kinds) for n in distinct.tolist()]
+        prices = [sum(price(kind, n, axis) for kind in kinds) for n in distinct.tolist()]
         return np.array(prices)[which]
 
     def kind_s(self, kind: str, size_bytes: int, axis: int) -> float:
@@ -214,6 +231,27 @@ class Moves:
         if key not in self._prices:
             self._prices[key] = self._price(kind, size_bytes, axis)
         return self._prices[key]
+
+    def share_s(self, kind: str, size_bytes: int, axis: int) -> float:
+        """Return the seconds of one collective that others may share: its part of a full one.
+
+        No call takes less per byte, as long as none of several is over `full_bytes`.
+        """
+        full = self.full_bytes(kind, axis)
+        if size_bytes >= full:
+            return self.kind_s(kind, size_bytes, axis)
+        return self.kind_s(kind, full, axis) * size_bytes / full
+
+    def full_bytes(self, kind: str, axis: int) -> int:
+        """Return the size from which sending with others saves little: 0 if there is no latency.
+
+        A call's latency is then a quarter of its time.
+        """
+        if kind in FREE or self.grid.sizes[axis] == 1:
+            return 0
+        latency_s = self.kind_s(kind, 0, axis)
+        per_byte_s = (self.kind_s(kind, LARGE_BYTES, axis) - latency_s) / LARGE_BYTES
+        return int(min(FULL * latency_s / per_byte_s, LARGE_BYTES)) if per_byte_s else LARGE_BYTES
 
     def _price(self, kind: str, size_bytes: int, axis: int) -> float:
         if kind in FREE:
@@ -244,6 +282,22 @@ class Moves:
             local = largest_shape(shape, before, self.grid)
             size = exchange_bytes(local, before[axis], t, self.grid.sizes[axis]) * dtype.itemsize
         return Step(axis, before[axis], after[axis], move.forward, move.backward, size)
+
+
+def may_share(forward: str, backward: str, again: bool) -> bool:
+    """Say whether moves of several parameters may be one: not those of a checkpoint region."""
+    return (forward, backward) in SHARED and not (again and forward != "none")
+
+
+SHARED = frozenset(
+    [
+        ("none", "all_reduce"),
+        ("all_gather", "reduce_scatter"),
+        ("all_gather", "slice"),
+        ("all_gather", "none"),
+    ]
+)
+"""Moves that may be made of several parameters at once, by their collectives forth and back."""
 
 
 def closed(single: np.ndarray) -> np.ndarray:

@@ -19,6 +19,7 @@ from autotp.errors import BudgetError
 from autotp.grid import Grid
 from autotp.layouts import I, Layout
 from autotp.notation import bytes_text, memory_text
+from autotp.passes.coalesce import coalesce
 from autotp.passes.explain import RunnersUp
 from autotp.passes.factors import Factors
 from autotp.passes.identity import fingerprint, op_text
@@ -84,40 +85,55 @@ def search_plan(
     count = len(program.outputs) if sharded_outputs else 0
     sharded = {o for o in network.outputs[:count] if o} - {*network.outputs[count:]}
 
-    def model_with(pins: Pins) -> Model:
+    def model_with(pins: Pins, sharing: bool = True) -> Model:
         kept = PinFilter(pins, grid, program.names, program.params)
         limits = Limits(kept.op, kept.rest, fixed, sharded)
-        model = build_model(network, factors, grid, cluster, program.params, limits)
+        model = build_model(network, factors, grid, cluster, program.params, limits, sharing)
         refuse_misfits(kept)
         return model
 
-    last: dict[tuple[int, ...], Plan] = {}
+    def reader(model: Model) -> Callable[[Solution], Plan]:
+        last: dict[tuple[int, ...], Plan] = {}
 
-    def read(solution: Solution) -> Plan:
-        if solution.choice not in last:
-            last.clear()
-            plan = read_plan(program, network, factors, model, solution, grid, cluster)
-            last[solution.choice] = plan
-        return replace(
-            last[solution.choice],
-            lower_bound_s=solution.lower_bound_s,
-            search_s=solution.seconds,
-            method=solution.method,
-        )
+        def read(solution: Solution) -> Plan:
+            if solution.choice not in last:
+                last.clear()
+                plan = read_plan(program, network, factors, model, solution, grid, cluster)
+                last[solution.choice] = plan
+            return replace(
+                last[solution.choice],
+                lower_bound_s=solution.lower_bound_s,
+                search_s=solution.seconds,
+                method=solution.method,
+            )
+
+        return read
 
     with stage("strategies"):
         model = model_with(pins)
     with stage("search"):
-        solution = solve_within(model.problem, budget(cluster), read, rounds)
+        solution = solve_within(model.problem, budget(cluster), reader(model), rounds)
     if not np.isfinite(solution.cost_s):
         blamed = irreducible(pins, lambda fewer: _is_possible(model_with(fewer)))
         raise contradiction(blamed, "no plan has all of these")
+    plan = reader(model)(solution)
+    if plan.gap > WIDE and plan.buckets:
+        with stage("search again, every move of a parameter by itself"):
+            other = model_with(pins, sharing=False)
+            found = solve_within(other.problem, budget(cluster), reader(other), rounds)
+            found = replace(found, lower_bound_s=solution.lower_bound_s)
+            if (apart := reader(other)(found)).step_time_s < plan.step_time_s:
+                plan, model, solution = apart, other, found
     ops = {program.names[op.name]: op.name for op in network.ops}
-    runners_up = RunnersUp(model, solution, ops, budget(cluster), read)
+    runners_up = RunnersUp(model, solution, ops, budget(cluster), reader(model))
     with stage("schedule"):
         notes = notes_of(program, network, factors, grid)
-        plan = replace(read(solution), alternatives=runners_up, notes=notes)
+        plan = replace(plan, alternatives=runners_up, notes=notes)
     return Planned(plan, network, factors, model, solution)
+
+
+WIDE = 0.01
+"""The gap from which moves of parameters are also searched at the price of single calls."""
 
 
 def solve_within(
@@ -225,7 +241,10 @@ def read_plan(
         v: model.table_of(network.values[v]) for v in needs if v in model.types
     }
     params = _resting(program, network, factors, model, rest, whole)
-    moves = schedule(network, needs, move_tables, model.moves)
+    resting = {r.value: r.layout for r in params.values()}
+    apart = schedule(network, needs, move_tables, model.moves)
+    moved = coalesce(apart, resting, network, model.moves, model.shared)
+    moves = moved.moves
     strategies = [tables[op.name].strategies[picks[op.name]] for op in network.ops]
     returned = {o: c for o, c in zip(network.outputs, outputs, strict=True) if o and c}
     return Plan(
@@ -238,10 +257,11 @@ def read_plan(
         copies=copies,
         outputs=outputs,
         moves=moves,
+        buckets=moved.buckets,
         dynamic=requirements(program, network, strategies, decisions, moves, returned, grid),
         internal=_internal(network, decisions, grid),
         memory=_memory(params.values(), _saved(network, decisions, made, rest, model.moves)),
-        step_time_s=solution.cost_s,
+        step_time_s=solution.cost_s + moved.beyond_s,
         lower_bound_s=solution.lower_bound_s,
         search_s=solution.seconds,
         method=solution.method,

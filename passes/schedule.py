@@ -137,4 +137,5 @@ def _planned(
         size_bytes=step.size_bytes,
         seconds=sum(moves.kind_s(kind, step.size_bytes, step.axis) for kind in kinds),
         sent=tuple(sent.items()),
+        again=again,
     )

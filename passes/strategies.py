@@ -65,10 +65,12 @@ class Model:
     moves: Moves
     types: Mapping[str, AxisTypes]  # per value, the types on each axis that its moves may use
     may_return: Callable[[str, Layout], bool]
+    shared: Collection[str] = ()  # the values that may move with others, priced at their share
 
     def table_of(self, value: Value) -> MoveTable:
         """Return the moves of a value."""
-        return self.moves.table(value.shape, value.dtype, value.grad, self.types[value.name])
+        together, types = value.name in self.shared, self.types[value.name]
+        return self.moves.table(value.shape, value.dtype, value.grad, types, together=together)
 
 
 def _all(subject: object, choices: Sequence[object]) -> Sequence[int]:
@@ -110,6 +112,7 @@ class _Builder:
     moves: Moves
     params: Mapping[str, str]
     limits: Limits
+    shared: Collection[str]
     readers: Mapping[str, list[Position]]
     savers: Mapping[str, list[Position]]
     wide: list[Table] = field(default_factory=list)
@@ -143,14 +146,17 @@ def build_model(
     cluster: Cluster,
     params: Mapping[str, str],
     limits: Limits | None = None,
+    sharing: bool = True,
 ) -> Model:
     """Return the search problem of `network` on `grid`.
 
-    `params` names the values that are parameters.
+    `params` names the values that are parameters; with `sharing` each of their moves is priced at
+    its share of a call of many, else as a call of its own.
     """
     limits = limits or Limits()
     moves, savers = Moves(grid, cluster), _savers(network)
-    b = _Builder(network, factors, moves, params, limits, _readers(network), savers)
+    shared = {*params} if sharing else set[str]()
+    b = _Builder(network, factors, moves, params, limits, shared, _readers(network), savers)
     for op in network.ops:
         _add_tables(b, op)
     numbers = []
@@ -173,7 +179,7 @@ def build_model(
         _add_source(b, value)  # read by no op: it may be spread all the same
     for value in dict.fromkeys(o for o in network.outputs if o in b.places):
         _join_output(b, value)
-    return Model(_problem(b), tuple(b.variables), moves, b.types, limits.may_return)
+    return Model(_problem(b), tuple(b.variables), moves, b.types, limits.may_return, b.shared)
 
 
 def _problem(b: _Builder) -> Problem:
@@ -349,7 +355,8 @@ def _add_copy(b: _Builder, value: str) -> None:
 
 def _pair(b: _Builder, v: Value, before: Column, after: Column, again: bool = False) -> np.ndarray:
     """Return the seconds of the cheapest moves from each layout to each."""
-    table = b.moves.table(v.shape, v.dtype, v.grad, b.types[v.name], again)
+    together = v.name in b.shared
+    table = b.moves.table(v.shape, v.dtype, v.grad, b.types[v.name], again, together)
     return b.moves.between(table, before, after)
 
 

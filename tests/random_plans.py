@@ -21,7 +21,7 @@ TRIES = 100
 class DetourMoves(Moves):
     """Moves whose prices are arbitrary, so that the ways between layouts are as well."""
 
-    def _edge_s(self, layout, axis, after, before_b, after_b, grad):
+    def _edge_s(self, layout, axis, after, *_):
         return random.Random(f"{layout} {axis} {after}").uniform(0.1, 1)
 
 
@@ -30,7 +30,7 @@ class Plans:
 
     def __init__(self, subject, grid, *, detours=False):
         self.subject, self.grid = subject, grid
-        self.cluster = bandwidth_bound(1e9, flops_per_s=1e9)
+        self.cluster = bandwidth_bound(1e9, latency_s=1e-6, flops_per_s=1e9)  # small buckets
         with mock.patch.object(strategies, "Moves", DetourMoves if detours else Moves):
             self.model = build_model(
                 subject.network, subject.factors, grid, self.cluster, subject.program.params

@@ -36,6 +36,7 @@ RUNTIME = {
     "recompute",
     "routing",
     "split_attention",
+    "together",
 }
 
 # Each layer may import itself and those before it.

@@ -30,10 +30,11 @@ from autotp.passes.capture.regions import note_region
 from autotp.passes.capture.size_nodes import SizeWriter, is_size
 from autotp.passes.emit.move_calls import TARGETS, move_args
 from autotp.passes.emit.sites import CALLERS, Sites, unread
+from autotp.passes.emit.together_calls import shared_call
 from autotp.passes.network import Network, Op, is_getitem, is_tensor, output_args, value_name
 from autotp.passes.program import Program
 from autotp.passes.rules import Call, Tensor
-from autotp.plan import Decision, Plan, PlannedMove
+from autotp.plan import Bucket, Decision, Plan, PlannedMove
 from autotp.randomness import RandomState
 from autotp.sizes import length_here, shape_here, varies
 
@@ -51,6 +52,8 @@ class _Emitter:
     nodes: dict[Key, fx.Node] = field(default_factory=dict)
     attributes: dict[str, fx.Node] = field(default_factory=dict)
     moves: dict[str, list[PlannedMove]] = field(default_factory=dict)
+    buckets: dict[Key, Bucket] = field(default_factory=dict)
+    entered: set[str] = field(default_factory=set)
     hubs: Mapping[str, Layout] = field(default_factory=dict)
     made: dict[str, Layout] = field(default_factory=dict)
     sites: Sites = field(init=False)
@@ -87,8 +90,12 @@ def emit(
     idle = set() if e.sites.exact else unread(program.graph)
     for move in plan.moves:
         e.moves.setdefault(move.value, []).append(move)
+    for bucket in plan.buckets:
+        for move in (plan.moves[n] for n in bucket.moves):
+            e.buckets[move.value, move.after] = bucket
     ops = {op.name: (op, d) for op, d in zip(network.ops, plan.decisions, strict=True)}
     for node in program.graph_module.graph.nodes:
+        _enter_region(e, program.regions.get(node.name))
         last = next(reversed(e.graph.nodes), None)
         if node.name in idle:
             continue
@@ -289,6 +296,8 @@ def fetch(e: _Emitter, value: str, layout: Layout) -> fx.Node:
         if value in e.hubs and layout != e.hubs[value]:
             fetch(e, value, e.hubs[value])
         for move in _route(e, value, layout):
+            if (value, move.after) in e.buckets and (value, move.after) not in e.nodes:
+                _emit_bucket(e, e.buckets[value, move.after])
             if (value, move.after) not in e.nodes:
                 source = e.nodes[value, move.before]
                 made = _emit_move(e, move, source)
@@ -313,12 +322,48 @@ def _emit_move(e: _Emitter, move: PlannedMove, source: fx.Node) -> fx.Node:
     axis = e.grid.axis(move.axis)
     before, after = move.before[axis], move.after[axis]
     args = move_args(move, e.network.values[move.value].shape, e.grid, e.coords)
-    name = f"{_node_name(_value_label(e, move.value))}_{_label(before)}_to_{_label(after)}"
     target = TARGETS[kind(before), kind(after)]
     kwargs = {k: e.sizes.write(v) for k, v in args.items() if v not in ((), None)}
     return e.graph.create_node(
-        "call_function", target, (source, _attribute(e, move.axis)), kwargs, name=name
+        "call_function",
+        target,
+        (source, _attribute(e, move.axis)),
+        kwargs,
+        name=_move_name(e, move),
     )
+
+
+def _move_name(e: _Emitter, move: PlannedMove) -> str:
+    axis = e.grid.axis(move.axis)
+    ends = f"{_label(move.before[axis])}_to_{_label(move.after[axis])}"
+    return f"{_node_name(_value_label(e, move.value))}_{ends}"
+
+
+def _emit_bucket(e: _Emitter, bucket: Bucket) -> None:
+    """Make all moves of a bucket by one call."""
+    moves = [e.plan.moves[n] for n in bucket.moves]
+    sources = [fetch(e, m.value, m.before) for m in moves]
+    args = [move_args(m, e.network.values[m.value].shape, e.grid, e.coords) for m in moves]
+    call = shared_call(e.graph, bucket, sources, _attribute(e, bucket.axis), args)
+    for k, move in enumerate(moves):
+        made = e.graph.create_node(
+            "call_function", operator.getitem, (call, k), name=_move_name(e, move)
+        )
+        made.meta.update(layout=move.after, value=move.value, move=move)
+        e.nodes[move.value, move.after] = made
+
+
+def _enter_region(e: _Emitter, region: str | None) -> None:
+    """Make the buckets of what a checkpoint region reads before it: others share them."""
+    if region is None or region in e.entered:
+        return
+    e.entered.add(region)
+    for op, decision in zip(e.network.ops, e.plan.decisions, strict=True):
+        if e.program.regions.get(op.name) == region:
+            for move in (m for v in decision.reads for m in e.moves.get(v, [])):
+                key = move.value, move.after
+                if key in e.buckets and key not in e.nodes:
+                    _emit_bucket(e, e.buckets[key])
 
 
 def _label(t: AxisType) -> str:

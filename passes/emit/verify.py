@@ -7,6 +7,8 @@ makes. The check reads the graph, not the plan.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import fx
 
 from autotp.errors import LayoutError
@@ -14,8 +16,10 @@ from autotp.grid import Grid
 from autotp.layouts import Layout, is_valid, kind, layout_text, may_change
 from autotp.passes.choices import AxisChoice, Typing, axis_choices
 from autotp.passes.emit.move_calls import TARGETS
+from autotp.passes.emit.together_calls import SHARED, is_shared, source_of
 from autotp.passes.factors import Factors
 from autotp.passes.network import Network, Op
+from autotp.together import await_gradients, invariant_to_replicate_together
 
 
 def verify(module: fx.GraphModule, network: Network, factors: Factors, grid: Grid) -> None:
@@ -25,6 +29,7 @@ def verify(module: fx.GraphModule, network: Network, factors: Factors, grid: Gri
     for node in module.graph.nodes:
         problems += _op_problems(node, network, factors, grid, legal)
         problems += _move_problems(node, network, grid)
+        problems += _await_problems(node)
     if problems:
         raise LayoutError("the emitted program is not well typed", at=problems)
 
@@ -68,8 +73,8 @@ def _validity(
 def _move_problems(node: fx.Node, network: Network, grid: Grid) -> list[tuple[str, str]]:
     if "move" not in node.meta:
         return []
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
+    source, shared = source_of(node), is_shared(node)
+    call: Any = node.args[0] if shared else node
     before, after = source.meta["layout"], node.meta["layout"]
     changed = [a for a in range(len(before)) if before[a] != after[a]]
     text = f"{layout_text(before)} to {layout_text(after)}"
@@ -78,8 +83,25 @@ def _move_problems(node: fx.Node, network: Network, grid: Grid) -> list[tuple[st
     (axis,) = changed
     if not may_change(before, axis, after[axis]):
         return [(node.name, f"{text}: another axis splits that dim further in")]
-    if node.target is not TARGETS.get((kind(before[axis]), kind(after[axis]))):
-        return [(node.name, f"{text} is not what {node.target.__name__} does")]  # type: ignore[union-attr]
-    if node.args[1].name != grid.names[axis]:  # type: ignore[union-attr]
+    targets = SHARED if shared else TARGETS
+    if call.target is not targets.get((kind(before[axis]), kind(after[axis]))):
+        return [(node.name, f"{text} is not what {call.target.__name__} does")]
+    if call.args[1].name != grid.names[axis]:
         return [(node.name, f"{text} is a move of axis {grid.names[axis]}")]
+    return []
+
+
+def _await_problems(node: fx.Node) -> list[tuple[str, str]]:
+    """Hold what is waited for later: nothing else may read a gradient that is on its way."""
+    given: Any = node.args[0] if node.args else None
+    if node.target is await_gradients:
+        moved = [(node.name, f"{n.name} is no parameter") for n in given if n.op != "placeholder"]
+        shared = [(node.name, "what awaits gradients has one reader")] * (len(node.users) != 1)
+        return moved + shared
+    if node.target is not invariant_to_replicate_together or node.args[2:] != (True,):
+        return []
+    if not (isinstance(given, fx.Node) and given.target is await_gradients):
+        return [(node.name, "its gradients come later, and nothing awaits them")]
+    if given.args[1] is not node.args[1]:
+        return [(node.name, f"{given.name} awaits the gradients of another axis")]
     return []

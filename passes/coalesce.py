@@ -1,0 +1,142 @@
+"""Moves of parameters that share their collectives: buckets of what one call sends.
+
+In: the moves of a plan in the order of need. Out: the same moves, and the buckets that they share.
+Moves alike in axis, collectives, dtype and number of moves before them may share a call. Buckets
+are filled in the order in which backward is done with them, so that gradients of one layer leave
+together while the layers before it are still to come. A move joins the open bucket if that saves
+time: the latency of a call, against the copy into a buffer. A bucket ends where its latency is
+small beside its bytes (`Moves.full_bytes`). What is summed of parameters as they rest need not be
+waited for before backward ends.
+
+The search prices each of these moves at its share of a full call (`Moves.share_s`): less than any
+bucket takes for it, so that the search's lower bound is one of the plan with its buckets too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from autotp.cost_model.collectives import FREE
+from autotp.layouts import Layout
+from autotp.passes.moves import Moves, may_share
+from autotp.passes.network import Network
+from autotp.plan import Bucket, PlannedMove
+
+Key = tuple[str, str, str, torch.dtype, int]
+"""What moves of one bucket have in common; the last is how many moves come before them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Coalesced:
+    """Moves with the seconds of the calls that they share, and by how much the search erred."""
+
+    moves: tuple[PlannedMove, ...]
+    buckets: tuple[Bucket, ...]
+    beyond_s: float
+
+
+def coalesce(
+    moves: Sequence[PlannedMove],
+    rest: Mapping[str, Layout],
+    network: Network,
+    planned: Moves,
+    shared: Collection[str],
+) -> Coalesced:
+    """Put the moves of parameters, which rest as `rest` says, into buckets.
+
+    `shared` are the values whose moves the search priced at their share.
+    """
+    groups: dict[Key, list[int]] = {}
+    before = _numbers_before(moves, rest)
+    for n in sorted(before, reverse=True):
+        m = moves[n]
+        if (
+            may_share(m.forward, m.backward, m.again)
+            and planned.grid.sizes[planned.grid.axis(m.axis)] > 1
+        ):
+            key = (m.axis, m.forward, m.backward, network.values[m.value].dtype, before[n])
+            groups.setdefault(key, []).append(n)
+    out, buckets = list(moves), list[Bucket]()
+    for key, numbers in groups.items():
+        for members in _filled(moves, numbers, planned):
+            later = key[-1] == 0 and key[1] == "none"
+            if later or len(members) > 1:
+                buckets.append(_bucket(moves, members[::-1], planned, later))
+    for bucket in buckets:
+        for n in bucket.moves:
+            share = moves[n].size_bytes / bucket.size_bytes if bucket.size_bytes else 0.0
+            out[n] = replace(moves[n], seconds=bucket.seconds * share)
+    searched_s = sum(
+        _share_s(moves[n], planned) if moves[n].value in shared else moves[n].seconds
+        for n in before
+    )
+    beyond_s = sum(out[n].seconds for n in before) - searched_s
+    buckets.sort(key=lambda b: b.moves)
+    return Coalesced(tuple(out), tuple(buckets), beyond_s)
+
+
+def _numbers_before(moves: Sequence[PlannedMove], rest: Mapping[str, Layout]) -> dict[int, int]:
+    """Return, of each move of a parameter, how many come before it from where it rests."""
+    steps = {(value, layout): 0 for value, layout in rest.items()}
+    out = {}
+    for n, m in enumerate(moves):
+        if m.value in rest:
+            out[n] = steps[m.value, m.before]
+            steps.setdefault((m.value, m.after), out[n] + 1)
+    return out
+
+
+def _filled(
+    moves: Sequence[PlannedMove], numbers: Sequence[int], planned: Moves
+) -> Iterator[list[int]]:
+    """Yield the members of each bucket of moves that are alike."""
+    members: list[int] = []
+    size = 0
+    for n in numbers:
+        m = moves[n]
+        if members and not _is_better(m, size, len(members), planned):
+            yield members
+            members, size = [], 0
+        members.append(n)
+        size += m.size_bytes
+    if members:
+        yield members
+
+
+def _is_better(m: PlannedMove, size: int, count: int, planned: Moves) -> bool:
+    """Say whether a move should join a bucket of `count` moves and `size` bytes."""
+    axis = planned.grid.axis(m.axis)
+    kinds = [k for k in (m.forward, m.backward) if k not in FREE]
+    if any(size + m.size_bytes > planned.full_bytes(k, axis) for k in kinds):
+        return False
+    apart = _calls_s(m, size, count, planned) + _calls_s(m, m.size_bytes, 1, planned)
+    return _calls_s(m, size + m.size_bytes, count + 1, planned) < apart
+
+
+def _calls_s(m: PlannedMove, size: int, count: int, planned: Moves) -> float:
+    """Return the seconds of `count` moves like `m` of together `size` bytes, both ways."""
+    axis = planned.grid.axis(m.axis)
+    sending = [k for k in (m.forward, m.backward) if k not in FREE]
+    calls = sum(planned.kind_s(k, size, axis) for k in (m.forward, m.backward))
+    copies = len(sending) * planned.kind_s("pad", size, axis) if count > 1 else 0.0
+    return calls + copies
+
+
+def _bucket(
+    moves: Sequence[PlannedMove], members: Sequence[int], planned: Moves, later: bool
+) -> Bucket:
+    first, size = moves[members[0]], sum(moves[n].size_bytes for n in members)
+    seconds = _calls_s(first, size, len(members), planned)
+    ways = first.axis, first.forward, first.backward
+    return Bucket(*ways, tuple(members), size, seconds, later)
+
+
+def _share_s(m: PlannedMove, planned: Moves) -> float:
+    """Return what the search took a move of a parameter to cost."""
+    axis = planned.grid.axis(m.axis)
+    if not may_share(m.forward, m.backward, m.again):
+        return m.seconds
+    return sum(planned.share_s(k, m.size_bytes, axis) for k in (m.forward, m.backward))
