@@ -14,7 +14,7 @@ from autotp.grid import Grid
 from autotp.layouts import layout_text, parse_layout
 from autotp.plan import Bucket, Decision, Memory, Plan, PlannedMove, Resting
 
-VERSION = 3
+VERSION = 4
 
 
 def to_json(plan: Plan) -> dict[str, Any]:

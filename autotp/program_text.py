@@ -310,6 +310,23 @@ def _move_row(page: _Page, m: PlannedMove) -> Row:
     )
 
 
+def bucket_lines(plan: Plan) -> list[str]:
+    """Return a line for each call that several parameters, or one whose gradient waits, share."""
+    names = {r.value: name for name, r in plan.params.items()}
+    rows = []
+    for bucket in plan.buckets:
+        moves = [plan.moves[n] for n in bucket.moves]
+        first, last = names[moves[0].value], names[moves[-1].value]
+        label = f"{first} .. {last}" if len(moves) > 1 else first
+        count = f"{len(moves)} parameter{'s' * (len(moves) > 1)}"
+        said = [f"backward {bucket.backward}"] if bucket.backward not in LOCAL else []
+        said += ["awaited when backward ends"] if bucket.later else []
+        call = f'{_call(moves[0])}("{bucket.axis}")'
+        size, price = bytes_text(bucket.size_bytes), seconds_text(bucket.seconds)
+        rows.append(Row(label, f"{count}, {size}", call, _change(moves[0]), price, ", ".join(said)))
+    return _aligned(rows)
+
+
 def _ends(m: PlannedMove) -> tuple[AxisType, AxisType]:
     """Return the types before and after of the axis that changes."""
     (ends,) = [pair for pair in zip(m.before, m.after, strict=True) if pair[0] != pair[1]]

@@ -17,13 +17,15 @@ from autotp.errors import PlanError
 from autotp.formula import formula_text, layer_formula, repeated_layer, symbol_sizes
 from autotp.notation import bytes_text, choice_text, memory_text, seconds_text, type_text
 from autotp.plan import Alternative, Plan
-from autotp.program_text import program_lines
+from autotp.program_text import bucket_lines, program_lines
 from autotp.repeats import Section, place_moves, sections
 
 
 def plan_text(plan: Plan) -> str:
     """Return the plan as text: the program, the parameters at rest, the totals of one step."""
-    parts = [_head(plan), *program_lines(plan), "", *_parameter_lines(plan), "", *_totals(plan)]
+    shared = ["", "parameters moved together, one call each", *bucket_lines(plan)]
+    body = [*program_lines(plan), *(shared if plan.buckets else []), "", *_parameter_lines(plan)]
+    parts = [_head(plan), *body, "", *_totals(plan)]
     return "\n".join(line.rstrip() for line in parts)
 
 

@@ -115,10 +115,14 @@ Change = tuple[Turn, np.ndarray, np.ndarray]
 
 @dataclass(slots=True)
 class Moves:
-    """Price the moves of values on one grid of one cluster; tables are computed once per shape."""
+    """Price the moves of values on one grid of one cluster; tables are computed once per shape.
+
+    `shared_bytes` are those of all values that may share calls.
+    """
 
     grid: Grid
     cluster: Cluster
+    shared_bytes: int = 0
     _tables: dict[tuple[object, ...], MoveTable] = field(default_factory=dict)
     _columns: dict[tuple[tuple[Layout, ...], bytes], Column] = field(default_factory=dict)
     _prices: dict[tuple[str, int, int], float] = field(default_factory=dict)
@@ -243,15 +247,16 @@ class Moves:
         return self.kind_s(kind, full, axis) * size_bytes / full
 
     def full_bytes(self, kind: str, axis: int) -> int:
-        """Return the size from which sending with others saves little: 0 if there is no latency.
+        """Return the largest call that several tensors may share; 0 if there is no latency.
 
-        A call's latency is then a quarter of its time.
+        A call's latency is then a quarter of its time, or it sends all that there is.
         """
         if kind in FREE or self.grid.sizes[axis] == 1:
             return 0
         latency_s = self.kind_s(kind, 0, axis)
         per_byte_s = (self.kind_s(kind, LARGE_BYTES, axis) - latency_s) / LARGE_BYTES
-        return int(min(FULL * latency_s / per_byte_s, LARGE_BYTES)) if per_byte_s else LARGE_BYTES
+        saves_bytes = FULL * latency_s / per_byte_s if per_byte_s else LARGE_BYTES
+        return int(min(saves_bytes, LARGE_BYTES, self.shared_bytes))
 
     def _price(self, kind: str, size_bytes: int, axis: int) -> float:
         if kind in FREE:

@@ -154,7 +154,10 @@ def build_model(
     its share of a call of many, else as a call of its own.
     """
     limits = limits or Limits()
-    moves, savers = Moves(grid, cluster), _savers(network)
+    whole, savers = (I,) * len(grid.sizes), _savers(network)
+    moves = Moves(grid, cluster)
+    values = [network.values[name] for name in params if name in network.values]
+    moves.shared_bytes = sum(moves.local_bytes(v.shape, v.dtype, whole) for v in values)
     shared = {*params} if sharing else set[str]()
     b = _Builder(network, factors, moves, params, limits, shared, _readers(network), savers)
     for op in network.ops:
