@@ -5,12 +5,12 @@
                                         reduce-scatter, or slices
     await_gradients                   parameters as they are; backward waits for their gradients
 
-With `later` the all-reduce is only started when the gradients of a bucket are there; what is still
-on its way goes to `await_gradients` and nowhere else (`passes.emit.verify` holds it). That call
-stands before all ops: autograd runs last what was called first, so that it waits when the rest of
-backward is done, and whoever reads a gradient, a hook or an optimizer, reads it complete. Where
-gradients are differentiated again, looked at by anomaly detection, or traced by torch.compile,
-nothing is started early.
+Where parameters come from `await_gradients`, the all-reduce is only started when the gradients of
+a bucket are there; what is still on its way goes back to that call and nowhere else
+(`passes.emit.verify` holds it). It stands before all ops: autograd runs last what was called first,
+so that it waits when the rest of backward is done, and whoever reads a gradient, a hook or an
+optimizer, reads it complete. Where gradients are differentiated again, looked at by anomaly
+detection, or traced by torch.compile, nothing is started early.
 """
 
 from __future__ import annotations
@@ -42,15 +42,18 @@ Gradients = Sequence[Tensor | None]
 """Those that backward has: what does not reach the result has none."""
 
 
+class Awaited(list[Tensor]):
+    """Parameters whose gradients `await_gradients` waits for."""
+
+
 # The calls of emitted programs -------------------------------------------------------------------
 
 
-def invariant_to_replicate_together(
-    xs: Sequence[Tensor], axis: Axis, later: bool = False
-) -> list[Tensor]:
-    """I -> R of each: nothing; backward one all-reduce of all, waited for at once or `later`."""
+def invariant_to_replicate_together(xs: Sequence[Tensor], axis: Axis) -> list[Tensor]:
+    """I -> R of each: nothing; backward one all-reduce of all, only started if `xs` await it."""
     if axis.size == 1:
         return list(xs)
+    later = isinstance(xs, Awaited) and not torch.compiler.is_compiling()
     return _differentiably(xs, _ToReplicate, axis, later, _place())
 
 
@@ -83,7 +86,7 @@ def await_gradients(xs: Sequence[Tensor], axis: Axis) -> list[Tensor]:
     """Return parameters as they are; backward waits until their gradients have come over `axis`."""
     if axis.size == 1 or torch.compiler.is_compiling():
         return list(xs)
-    return _differentiably(xs, _Await, axis, _place())
+    return Awaited(_differentiably(xs, _Await, axis, _place()))
 
 
 def _differentiably(

@@ -35,7 +35,7 @@ def shared_call(
         return graph.create_node(
             "call_function",
             invariant_to_replicate_together,
-            (given, axis, *([True] if bucket.later else [])),
+            (given, axis),
             name=f"{bucket.axis}_gradients",
         )
     kwargs: dict[str, Any] = {"dims": [a["dim"] for a in arguments]}

@@ -98,10 +98,9 @@ def _await_problems(node: fx.Node) -> list[tuple[str, str]]:
         moved = [(node.name, f"{n.name} is no parameter") for n in given if n.op != "placeholder"]
         shared = [(node.name, "what awaits gradients has one reader")] * (len(node.users) != 1)
         return moved + shared
-    if node.target is not invariant_to_replicate_together or node.args[2:] != (True,):
-        return []
-    if not (isinstance(given, fx.Node) and given.target is await_gradients):
-        return [(node.name, "its gradients come later, and nothing awaits them")]
-    if given.args[1] is not node.args[1]:
-        return [(node.name, f"{given.name} awaits the gradients of another axis")]
+    if isinstance(given, fx.Node) and given.target is await_gradients:
+        if node.target is not invariant_to_replicate_together:
+            return [(node.name, f"cannot read {given.name}: gradients on their way come to it")]
+        if given.args[1] is not node.args[1]:
+            return [(node.name, f"{given.name} awaits the gradients of another axis")]
     return []
