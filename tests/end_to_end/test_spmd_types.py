@@ -26,13 +26,16 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from autotp import layouts as ours
 from autotp.api import as_grid
 from autotp.axis import dist_axes
+from autotp.collectives import all_gather, invariant_to_replicate
 from autotp.layouts import Shard, kind, local_shape
 from autotp.passes.capture.model import capture
 from autotp.passes.emit.codegen import emit
+from autotp.passes.emit.together_calls import is_shared, source_of
 from autotp.passes.factors import infer_factors
 from autotp.passes.network import read_network
 from autotp.passes.planning import search_plan
 from autotp.ranks import make_mesh
+from autotp.together import all_gather_together, await_gradients, invariant_to_replicate_together
 from tests.end_to_end.models import CLUSTER, gpt2, llama, tokens
 
 TYPES = {"S": V, "R": R, "I": I, "P": P}
@@ -67,6 +70,14 @@ MOVES = {
     "slice_to_shard": lambda x, g, dim, source="I", **_: converted(x, g, TYPES[source], S(dim)),
 }
 """The package's typed form of each of our collectives, under the arguments of ours."""
+
+
+ALIKE = {
+    all_gather_together: all_gather,
+    await_gradients: None,
+    invariant_to_replicate_together: invariant_to_replicate,
+}
+"""What each item of a shared call is moved by."""
 
 
 def cross_entropy(x, target, weight=None, reduction=1, ignore_index=-100, label_smoothing=0.0):
@@ -126,8 +137,10 @@ class Checked(fx.Interpreter):
         if node.op != "call_function":
             return super().run_node(node)
         args, kwargs = self.fetch_args_kwargs_from_env(node)
+        if node.target in ALIKE:  # its items move one by one
+            return args[0]
         if "move" in node.meta:
-            return self.checked(node, self.move(node, args[0]))
+            return self.checked(node, self.move(node, self.env[source_of(node)]))
         if not hasattr(node.target, "_schema"):
             return self.plain(node, args, kwargs)
         return self.checked(node, self.compute(node, args, kwargs))
@@ -137,7 +150,13 @@ class Checked(fx.Interpreter):
         move = node.meta["move"]
         if not self.network.values[move.value].grad:  # typed by what it met last
             x = self.stamp(x, move.before)
-        return MOVES[node.target.__name__](x, self.groups[move.axis], **node.kwargs)
+        target, kwargs = node.target, node.kwargs
+        if is_shared(node):
+            call, number = node.args
+            target, kwargs = ALIKE[call.target], {}
+            if "dims" in call.kwargs:
+                kwargs = {"dim": call.kwargs["dims"][number], "to": call.kwargs["to"]}
+        return MOVES[target.__name__](x, self.groups[move.axis], **kwargs)
 
     def plain(self, node, args, kwargs):
         """Run what is not an ATen op, a local program or an item: its types are declared."""
@@ -270,7 +289,7 @@ def test_no_move_may_be_left_out():
 
         def leave_out(module, number=number):
             node = differentiable_moves(module, network)[number]
-            node.replace_all_uses_with(node.args[0])
+            node.replace_all_uses_with(source_of(node))
             module.graph.erase_node(node)
 
         with pytest.raises((SpmdTypeError, RuntimeError)):

@@ -18,10 +18,16 @@ SHAPES = [(7, 4), (6,), (4, 5, 6), (12, 2)]
 SHARDS = [Shard(0), Shard(0), Shard(1), Shard(0, (3, 6, 3))]
 
 
-def tensors(axis, trained):
-    torch.manual_seed(0)
-    whole = [torch.randn(shape, dtype=torch.float64) for shape in SHAPES]
-    local = [take_shard(w, (t,), GRID, (axis.index,)) for w, t in zip(whole, SHARDS, strict=True)]
+def wholes():
+    numbers = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, dtype=torch.float64, generator=numbers) for shape in SHAPES]
+
+
+def tensors(axis, trained, move):
+    local = wholes()
+    if move is gathered:
+        pairs = zip(local, SHARDS, strict=True)
+        local = [take_shard(w, (t,), GRID, (axis.index,)) for w, t in pairs]
     return [x.requires_grad_(k in trained) for k, x in enumerate(local)]
 
 
@@ -48,7 +54,7 @@ def replicated(xs, axis, to, together):
 @pytest.mark.parametrize("twice", [False, True], ids=["once", "differentiated twice"])
 def test_one_call_is_what_many_are(move, to, trained, used, twice):
     def run(rank, axes, together):
-        xs = tensors(axes["col"], trained)
+        xs = tensors(axes["col"], trained, move)
         made = move(xs, axes["col"], to, together)
         scale = 1.0 + (rank if to == "R" else 0)
         loss = sum((made[k] ** 3).sum() * scale for k in used)
@@ -73,7 +79,7 @@ def test_one_call_is_what_many_are(move, to, trained, used, twice):
 
 def test_bytes_are_those_of_many_calls():
     def run(rank, axes, together):
-        made = gathered(tensors(axes["col"], (0, 1, 2, 3)), axes["col"], "R", together)
+        made = gathered(tensors(axes["col"], (0, 1, 2, 3), gathered), axes["col"], "R", together)
         sum(x.sum() for x in made).backward()
         return axes["col"].sent
 
@@ -83,7 +89,7 @@ def test_bytes_are_those_of_many_calls():
 
 def test_without_gradients_nothing_is_watched():
     def run(rank, axes):
-        xs = tensors(axes["col"], (0, 1))
+        xs = tensors(axes["col"], (0, 1), gathered)
         with torch.no_grad():
             made = replicated(xs, axes["col"], "R", True), gathered(xs, axes["col"], "R", True)
         assert not any(x.requires_grad for x in made[1])
