@@ -93,21 +93,7 @@ def search_plan(
         return model
 
     def reader(model: Model) -> Callable[[Solution], Plan]:
-        last: dict[tuple[int, ...], Plan] = {}
-
-        def read(solution: Solution) -> Plan:
-            if solution.choice not in last:
-                last.clear()
-                plan = read_plan(program, network, factors, model, solution, grid, cluster)
-                last[solution.choice] = plan
-            return replace(
-                last[solution.choice],
-                lower_bound_s=solution.lower_bound_s,
-                search_s=solution.seconds,
-                method=solution.method,
-            )
-
-        return read
+        return _reader(lambda s: read_plan(program, network, factors, model, s, grid, cluster))
 
     with stage("strategies"):
         model = model_with(pins)
@@ -134,6 +120,24 @@ def search_plan(
 
 WIDE = 0.01
 """The gap from which moves of parameters are also searched at the price of single calls."""
+
+
+def _reader(read: Callable[[Solution], Plan]) -> Callable[[Solution], Plan]:
+    """Return what reads plans, and keeps the last: equal choices may be found in other ways."""
+    last: dict[tuple[int, ...], Plan] = {}
+
+    def read_or_kept(solution: Solution) -> Plan:
+        if solution.choice not in last:
+            last.clear()
+            last[solution.choice] = read(solution)
+        return replace(
+            last[solution.choice],
+            lower_bound_s=solution.lower_bound_s,
+            search_s=solution.seconds,
+            method=solution.method,
+        )
+
+    return read_or_kept
 
 
 def solve_within(
