@@ -133,6 +133,25 @@ def test_the_node_of_a_collective_in_backward_is_named():
     assert_says(said[0], IN_BACKWARD)
 
 
+def killed_before_gradients_are_summed(rank):
+    pins = {"*": {"row": "b"}}
+    torch.manual_seed(0)
+    model = autotp.parallelize(Mlp(), (2, 1), batch(), cluster=CLUSTER, pins=pins)
+    loss = model(**batch())
+    if rank == 1:
+        kill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
+        mock.patch.object(DistAxis, "start_all_reduce", kill).start()
+    loss.backward()
+
+
+@pytest.mark.slow
+def test_who_does_not_bring_its_gradients_is_named():
+    codes, said = end_of(killed_before_gradients_are_summed, 2)
+    assert codes == [1, -signal.SIGKILL]
+    assert "LostRankError: rank 1 is gone" in said[0]
+    assert "row_awaited" in said[0] and "await_gradients([" in said[0]
+
+
 # A rank does not come ----------------------------------------------------------------------------
 
 
