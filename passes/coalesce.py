@@ -8,13 +8,14 @@ time: the latency of a call, against the copy into a buffer. A bucket ends where
 small beside its bytes (`Moves.full_bytes`). What is summed of parameters as they rest need not be
 waited for before backward ends.
 
-The search prices each of these moves at its share of a full call (`Moves.share_s`): less than any
-bucket takes for it, so that the search's lower bound is one of the plan with its buckets too.
+Which moves share is not known while the search runs. It takes each for a call of its own, and is
+then asked once more with each at its share of a full call (`Moves.share_s`): less than any bucket
+takes for it, so that the cost it finds is a lower bound of every plan with its buckets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -43,11 +44,11 @@ def coalesce(
     rest: Mapping[str, Layout],
     network: Network,
     planned: Moves,
-    shared: Collection[str],
+    sharing: bool,
 ) -> Coalesced:
     """Put the moves of parameters, which rest as `rest` says, into buckets.
 
-    `shared` are the values whose moves the search priced at their share.
+    `sharing` says that the search priced them at their share.
     """
     groups: dict[Key, list[int]] = {}
     before = _numbers_before(moves, rest)
@@ -69,10 +70,7 @@ def coalesce(
         for n in bucket.moves:
             share = moves[n].size_bytes / bucket.size_bytes if bucket.size_bytes else 0.0
             out[n] = replace(moves[n], seconds=bucket.seconds * share)
-    searched_s = sum(
-        _share_s(moves[n], planned) if moves[n].value in shared else moves[n].seconds
-        for n in before
-    )
+    searched_s = sum(_share_s(moves[n], planned) if sharing else moves[n].seconds for n in before)
     beyond_s = sum(out[n].seconds for n in before) - searched_s
     buckets.sort(key=lambda b: b.moves)
     return Coalesced(tuple(out), tuple(buckets), beyond_s)

@@ -16,7 +16,7 @@ from autotp.errors import BudgetError
 from autotp.notation import choice_text
 from autotp.passes.search.problem import restrict
 from autotp.passes.search.solve import Solution, solve
-from autotp.passes.strategies import Model
+from autotp.passes.search_model import Model
 from autotp.plan import Alternative, Plan
 
 RUNNERS_UP = 3

@@ -19,8 +19,9 @@ from autotp.notation import bytes_text
 from autotp.passes.anatomy import Anatomy, read_anatomy
 from autotp.passes.choices import split_ways
 from autotp.passes.factors import Factors
+from autotp.passes.found import budget
 from autotp.passes.network import Network
-from autotp.passes.planning import budget, search_plan
+from autotp.passes.planning import search_plan
 from autotp.passes.program import Program
 from autotp.passes.workers import in_parallel
 from autotp.plan import Plan
@@ -72,7 +73,7 @@ def price_grids(
         places = tuple(cluster.place(grid.sizes, axis) for axis in range(len(grid.sizes)))
         given = (program, network, factors, grid, cluster)
         try:
-            plan = search_plan(*given, sharded_outputs=sharded_outputs, rounds=0).plan
+            plan = search_plan(*given, sharded_outputs=sharded_outputs, quick=True).plan
         except BudgetError as error:
             return GridPrice(grid, places, memory_bytes=error.needed_bytes)
         return GridPrice(

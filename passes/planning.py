@@ -6,7 +6,7 @@ holds no fx node, so that it can be saved, sent to other ranks and compared.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -15,13 +15,12 @@ import numpy as np
 from autotp.cost_model.cluster import Cluster
 from autotp.cost_model.collectives import sent_bytes
 from autotp.cost_model.memory import ADAMW_STATES
-from autotp.errors import BudgetError
 from autotp.grid import Grid
 from autotp.layouts import I, Layout
-from autotp.notation import bytes_text, memory_text
 from autotp.passes.coalesce import coalesce
 from autotp.passes.explain import RunnersUp
 from autotp.passes.factors import Factors
+from autotp.passes.found import ROUNDS, Found, budget, reader, shared, solve_within
 from autotp.passes.identity import fingerprint, op_text
 from autotp.passes.moves import Moves, MoveTable
 from autotp.passes.network import Network, Op, Value
@@ -38,16 +37,13 @@ from autotp.passes.pricing import RESULT, Table, needed_positions, typing_of
 from autotp.passes.program import Program
 from autotp.passes.requirements import requirements
 from autotp.passes.schedule import needs_of, schedule
-from autotp.passes.search.problem import Problem
-from autotp.passes.search.solve import SMALLEST, Solution, smallest, solve
-from autotp.passes.strategies import Limits, Model, build_model
+from autotp.passes.search.solve import Solution, solve
+from autotp.passes.search_model import Model
+from autotp.passes.strategies import Limits, build_model
 from autotp.passes.traffic import internal_traffic
 from autotp.plan import Decision, Memory, Plan, Resting
 from autotp.progress import stage
 from autotp.sizes import examples
-
-ROUNDS = 10
-"""How often a smaller plan is asked for, where none is small enough."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +66,12 @@ def search_plan(
     pins: Pins | None = None,
     rest: Mapping[str, Layout] | None = None,
     sharded_outputs: bool = False,
-    rounds: int = ROUNDS,
+    quick: bool = False,
 ) -> Planned:
     """Return the cheapest plan of `program` on `grid` that the pins allow.
 
     `rest` fixes the resting layouts of parameters by name: those of a plan for the other mode.
-    `rounds` is how often a smaller plan is asked for, where none is small enough.
+    With `quick` no smaller plan is asked for where none is small enough, and none for shared calls.
 
     Raises PinError, and BudgetError where no plan fits the memory of a rank.
     """
@@ -85,133 +81,37 @@ def search_plan(
     count = len(program.outputs) if sharded_outputs else 0
     sharded = {o for o in network.outputs[:count] if o} - {*network.outputs[count:]}
 
-    def model_with(pins: Pins, sharing: bool = True) -> Model:
+    def model_with(pins: Pins) -> Model:
         kept = PinFilter(pins, grid, program.names, program.params)
         limits = Limits(kept.op, kept.rest, fixed, sharded)
-        model = build_model(network, factors, grid, cluster, program.params, limits, sharing)
+        model = build_model(network, factors, grid, cluster, program.params, limits)
         refuse_misfits(kept)
         return model
 
-    def reader(model: Model) -> Callable[[Solution], Plan]:
-        return _reader(lambda s: read_plan(program, network, factors, model, s, grid, cluster))
+    def found_in(model: Model) -> Found:
+        read = reader(lambda s: read_plan(program, network, factors, model, s, grid, cluster))
+        solution = solve_within(model.problem, budget(cluster), read, 0 if quick else ROUNDS)
+        return Found(model, solution, read)
 
     with stage("strategies"):
         model = model_with(pins)
     with stage("search"):
-        solution = solve_within(model.problem, budget(cluster), reader(model), rounds)
-    if not np.isfinite(solution.cost_s):
+        found = found_in(model)
+    if not np.isfinite(found.solution.cost_s):
         blamed = irreducible(pins, lambda fewer: _is_possible(model_with(fewer)))
         raise contradiction(blamed, "no plan has all of these")
-    plan = reader(model)(solution)
-    if plan.gap > WIDE and plan.buckets:
-        with stage("search again, every move of a parameter by itself"):
-            other = model_with(pins, sharing=False)
-            found = solve_within(other.problem, budget(cluster), reader(other), rounds)
-            found = replace(found, lower_bound_s=solution.lower_bound_s)
-            if (apart := reader(other)(found)).step_time_s < plan.step_time_s:
-                plan, model, solution = apart, other, found
+    with stage("search, calls shared"):
+        found = shared(found, found_in, quick)
     ops = {program.names[op.name]: op.name for op in network.ops}
-    runners_up = RunnersUp(model, solution, ops, budget(cluster), reader(model))
+    runners_up = RunnersUp(found.model, found.solution, ops, budget(cluster), found.read)
     with stage("schedule"):
         notes = notes_of(program, network, factors, grid)
-        plan = replace(plan, alternatives=runners_up, notes=notes)
-    return Planned(plan, network, factors, model, solution)
-
-
-WIDE = 0.01
-"""The gap from which moves of parameters are also searched at the price of single calls."""
-
-
-def _reader(read: Callable[[Solution], Plan]) -> Callable[[Solution], Plan]:
-    """Return what reads plans, and keeps the last: equal choices may be found in other ways."""
-    last: dict[tuple[int, ...], Plan] = {}
-
-    def read_or_kept(solution: Solution) -> Plan:
-        if solution.choice not in last:
-            last.clear()
-            last[solution.choice] = read(solution)
-        return replace(
-            last[solution.choice],
-            lower_bound_s=solution.lower_bound_s,
-            search_s=solution.seconds,
-            method=solution.method,
-        )
-
-    return read_or_kept
-
-
-def solve_within(
-    problem: Problem, limit: float | None, read: Callable[[Solution], Plan], rounds: int = ROUNDS
-) -> Solution:
-    """Return the cheapest solution whose plan needs at most `limit` bytes.
-
-    The search counts a value that several ops keep in different layouts once; the plan counts each.
-    What that adds is taken from the budget, until the plan fits.
-
-    Raises BudgetError where no plan fits.
-    """
-    if limit is None:
-        return solve(problem)
-    found = _fitting(problem, limit, read)
-    if found is None:
-        raise _over_budget(limit, _least(problem, read, rounds))
-    return found
-
-
-def _fitting(problem: Problem, limit: float, read: Callable[[Solution], Plan]) -> Solution | None:
-    """Return the cheapest solution found whose plan needs at most `limit` bytes."""
-    asked, spent_s, bound_s = limit, 0.0, None
-    while True:
-        try:
-            solution = solve(problem, asked)
-        except BudgetError:
-            solution = smallest(problem)
-        if not np.isfinite(solution.cost_s):
-            return solution
-        spent_s += solution.seconds
-        bound_s = solution.lower_bound_s if bound_s is None else bound_s
-        total = read(solution).memory.total
-        if total <= limit:
-            return replace(solution, seconds=spent_s, lower_bound_s=bound_s)
-        if solution.method == SMALLEST:
-            return None
-        asked = solution.memory_bytes - (total - limit)
-
-
-def _least(problem: Problem, read: Callable[[Solution], Plan], rounds: int) -> Memory:
-    """Return the memory of the smallest plan that can be found."""
-    least = read(smallest(problem)).memory
-    for _ in range(rounds):
-        smaller = _fitting(problem, least.total - 1, read)
-        if smaller is None:
-            break
-        least = read(smaller).memory
-    return least
-
-
-def _over_budget(limit: float, least: Memory) -> BudgetError:
-    error = BudgetError(
-        f"no plan was found that fits {bytes_text(limit)} per rank",
-        at=[
-            ("smallest plan", memory_text(least)),
-            ("budget", f"{bytes_text(limit)}, {bytes_text(least.total - limit)} too little"),
-        ],
-        remedy=(
-            f"a budget of {least.total} bytes or more: cluster.memory_bytes={least.total}",
-            "more ranks, a smaller batch, or fewer trained parameters",
-        ),
-    )
-    error.needed_bytes = least.total
-    return error
+        plan = replace(found.plan, alternatives=runners_up, notes=notes)
+    return Planned(plan, network, factors, found.model, found.solution)
 
 
 def _is_possible(model: Model) -> bool:
     return bool(np.isfinite(solve(model.problem).cost_s))
-
-
-def budget(cluster: Cluster) -> float | None:
-    """Return the memory of one rank, or None if it is not limited."""
-    return cluster.memory_bytes if np.isfinite(cluster.memory_bytes) else None
 
 
 def read_plan(
@@ -247,7 +147,7 @@ def read_plan(
     params = _resting(program, network, factors, model, rest, whole)
     resting = {r.value: r.layout for r in params.values()}
     apart = schedule(network, needs, move_tables, model.moves)
-    moved = coalesce(apart, resting, network, model.moves, model.shared)
+    moved = coalesce(apart, resting, network, model.moves, model.sharing)
     moves = moved.moves
     strategies = [tables[op.name].strategies[picks[op.name]] for op in network.ops]
     returned = {o: c for o, c in zip(network.outputs, outputs, strict=True) if o and c}

@@ -26,7 +26,7 @@ from autotp.grid import Grid
 from autotp.layouts import I, Layout, Shard, is_valid, shard
 from autotp.passes.choices import Strategy, Typing, strategies_of
 from autotp.passes.factors import Factors
-from autotp.passes.moves import AxisTypes, Column, Moves, MoveTable, axis_types
+from autotp.passes.moves import AxisTypes, Column, Moves, axis_types
 from autotp.passes.network import Network, Op, Value
 from autotp.passes.pricing import (
     RESULT,
@@ -39,38 +39,13 @@ from autotp.passes.pricing import (
     typing_of,
 )
 from autotp.passes.search.problem import Problem
+from autotp.passes.search_model import Meeting, Model, Variable
 
 OUTPUT = -1
 """Stands among a value's readers for the program's result."""
 
 Position = tuple[int, int]
 """An op and one of its operands, both by number."""
-
-
-@dataclass(frozen=True, slots=True)
-class Variable:
-    """What one variable of the problem decides: kind "op", "rest" or "copy", of which name."""
-
-    kind: str
-    name: str
-    table: Table
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """The search problem and its meaning."""
-
-    problem: Problem
-    variables: tuple[Variable, ...]
-    moves: Moves
-    types: Mapping[str, AxisTypes]  # per value, the types on each axis that its moves may use
-    may_return: Callable[[str, Layout], bool]
-    shared: Collection[str] = ()  # the values that may move with others, priced at their share
-
-    def table_of(self, value: Value) -> MoveTable:
-        """Return the moves of a value."""
-        together, types = value.name in self.shared, self.types[value.name]
-        return self.moves.table(value.shape, value.dtype, value.grad, types, together=together)
 
 
 def _all(subject: object, choices: Sequence[object]) -> Sequence[int]:
@@ -112,7 +87,6 @@ class _Builder:
     moves: Moves
     params: Mapping[str, str]
     limits: Limits
-    shared: Collection[str]
     readers: Mapping[str, list[Position]]
     savers: Mapping[str, list[Position]]
     wide: list[Table] = field(default_factory=list)
@@ -123,6 +97,7 @@ class _Builder:
     variables: list[Variable] = field(default_factory=list)
     unary: list[np.ndarray] = field(default_factory=list)
     pairs: list[tuple[int, int, np.ndarray]] = field(default_factory=list)
+    meetings: list[Meeting] = field(default_factory=list)
     places: dict[str, tuple[int, Column]] = field(default_factory=dict)
     types: dict[str, AxisTypes] = field(default_factory=dict)
 
@@ -146,20 +121,17 @@ def build_model(
     cluster: Cluster,
     params: Mapping[str, str],
     limits: Limits | None = None,
-    sharing: bool = True,
 ) -> Model:
-    """Return the search problem of `network` on `grid`.
+    """Return the search problem of `network` on `grid`, each move priced as a call of its own.
 
-    `params` names the values that are parameters; with `sharing` each of their moves is priced at
-    its share of a call of many, else as a call of its own.
+    `params` names the values that are parameters.
     """
     limits = limits or Limits()
     whole, savers = (I,) * len(grid.sizes), _savers(network)
     moves = Moves(grid, cluster)
     values = [network.values[name] for name in params if name in network.values]
     moves.shared_bytes = sum(moves.local_bytes(v.shape, v.dtype, whole) for v in values)
-    shared = {*params} if sharing else set[str]()
-    b = _Builder(network, factors, moves, params, limits, shared, _readers(network), savers)
+    b = _Builder(network, factors, moves, params, limits, _readers(network), savers)
     for op in network.ops:
         _add_tables(b, op)
     numbers = []
@@ -182,7 +154,8 @@ def build_model(
         _add_source(b, value)  # read by no op: it may be spread all the same
     for value in dict.fromkeys(o for o in network.outputs if o in b.places):
         _join_output(b, value)
-    return Model(_problem(b), tuple(b.variables), moves, b.types, limits.may_return, b.shared)
+    meanings = (tuple(b.variables), moves, b.types, limits.may_return, params, tuple(b.meetings))
+    return Model(_problem(b), *meanings)
 
 
 def _problem(b: _Builder) -> Problem:
@@ -353,13 +326,21 @@ def _add_copy(b: _Builder, value: str) -> None:
     b.places[value] = (b.add("copy", value, table), layouts)
     n, _ = b.readers[value][0]
     again = n != OUTPUT and is_recomputed(b.network, b.network.ops[n])
-    b.pairs.append((producer, b.places[value][0], _pair(b, v, made, layouts, again)))
+    _meet(b, v, (producer, b.places[value][0]), made, layouts, again)
+
+
+def _meet(
+    b: _Builder, v: Value, ends: tuple[int, int], before: Column, after: Column, again: bool
+) -> None:
+    """Charge two variables for what lies between the layouts that each leaves to the other."""
+    if v.name in b.params:
+        b.meetings.append(Meeting(len(b.pairs), v, before, after, again))
+    b.pairs.append((*ends, _pair(b, v, before, after, again)))
 
 
 def _pair(b: _Builder, v: Value, before: Column, after: Column, again: bool = False) -> np.ndarray:
     """Return the seconds of the cheapest moves from each layout to each."""
-    together = v.name in b.shared
-    table = b.moves.table(v.shape, v.dtype, v.grad, b.types[v.name], again, together)
+    table = b.moves.table(v.shape, v.dtype, v.grad, b.types[v.name], again)
     return b.moves.between(table, before, after)
 
 
@@ -368,7 +349,7 @@ def _join(b: _Builder, value: str, number: int, wanted: Column, again: bool) -> 
     v = b.network.values[value]
     if value in b.places:
         origin, found = b.places[value]
-        b.pairs.append((origin, number, _pair(b, v, found, wanted, again)))
+        _meet(b, v, (origin, number), found, wanted, again)
         return
     if value not in b.types:
         _note_types(b, value, [])
