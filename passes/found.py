@@ -1,0 +1,155 @@
+"""The plan that the search finds: within the memory of a rank, and once calls are shared.
+
+The search counts neither what several layouts of one value hold together nor which moves share a
+call. So each solution is read as a plan, which does: `solve_within` asks again for less memory
+until the plan fits, `shared` asks at the prices of shared calls and takes the faster of two plans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from autotp.cost_model.cluster import Cluster
+from autotp.errors import BudgetError
+from autotp.notation import bytes_text, memory_text
+from autotp.passes.search.problem import Problem
+from autotp.passes.search.solve import SMALLEST, Solution, smallest, solve
+from autotp.passes.search_model import Model
+from autotp.plan import Memory, Plan
+
+ROUNDS = 10
+"""How often a smaller plan is asked for, where none is small enough."""
+
+TIE = 1e-3
+"""Share by which a plan must be faster to be taken before one whose layers are more alike."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A solution of a model, and how it is read as a plan."""
+
+    model: Model
+    solution: Solution
+    read: Callable[[Solution], Plan]
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the solution, its calls shared."""
+        return self.read(self.solution)
+
+    def bounded(self, bound_s: float, spent_s: float | None = None) -> Found:
+        """Return this with a bound that no plan beats, and what the search took in all."""
+        bound_s = min(bound_s, self.plan.step_time_s)
+        seconds = self.solution.seconds if spent_s is None else spent_s
+        solution = replace(self.solution, lower_bound_s=bound_s, seconds=seconds)
+        return replace(self, solution=solution)
+
+
+def shared(apart: Found, search: Callable[[Model], Found], quick: bool) -> Found:
+    """Return what is faster once calls are shared, the first of equals, and a bound of all plans.
+
+    `apart` was searched with a call for each move. With `quick` nothing more is searched, and what
+    is stated is the gap of that search.
+    """
+    if quick or not apart.model.meetings:
+        saved_s = apart.solution.cost_s - apart.plan.step_time_s
+        return apart.bounded(apart.solution.lower_bound_s - saved_s)
+    model = apart.model.shared()
+    try:
+        other = search(model)
+    except BudgetError:
+        return apart.bounded(solve(model.problem).lower_bound_s)
+    is_faster = other.plan.step_time_s < apart.plan.step_time_s * (1 - TIE)
+    bound_s, spent_s = other.solution.lower_bound_s, other.solution.seconds + apart.solution.seconds
+    return (other if is_faster else apart).bounded(bound_s, spent_s)
+
+
+def reader(read: Callable[[Solution], Plan]) -> Callable[[Solution], Plan]:
+    """Return what reads plans, and keeps the last: equal choices may be found in other ways."""
+    last: dict[tuple[int, ...], Plan] = {}
+
+    def read_or_kept(solution: Solution) -> Plan:
+        if solution.choice not in last:
+            last.clear()
+            last[solution.choice] = read(solution)
+        return replace(
+            last[solution.choice],
+            lower_bound_s=solution.lower_bound_s,
+            search_s=solution.seconds,
+            method=solution.method,
+        )
+
+    return read_or_kept
+
+
+def solve_within(
+    problem: Problem, limit: float | None, read: Callable[[Solution], Plan], rounds: int = ROUNDS
+) -> Solution:
+    """Return the cheapest solution whose plan needs at most `limit` bytes.
+
+    The search counts a value that several ops keep in different layouts once; the plan counts each.
+    What that adds is taken from the budget, until the plan fits.
+
+    Raises BudgetError where no plan fits.
+    """
+    if limit is None:
+        return solve(problem)
+    found = _fitting(problem, limit, read)
+    if found is None:
+        raise _over_budget(limit, _least(problem, read, rounds))
+    return found
+
+
+def _fitting(problem: Problem, limit: float, read: Callable[[Solution], Plan]) -> Solution | None:
+    """Return the cheapest solution found whose plan needs at most `limit` bytes."""
+    asked, spent_s, bound_s = limit, 0.0, None
+    while True:
+        try:
+            solution = solve(problem, asked)
+        except BudgetError:
+            solution = smallest(problem)
+        if not np.isfinite(solution.cost_s):
+            return solution
+        spent_s += solution.seconds
+        bound_s = solution.lower_bound_s if bound_s is None else bound_s
+        total = read(solution).memory.total
+        if total <= limit:
+            return replace(solution, seconds=spent_s, lower_bound_s=bound_s)
+        if solution.method == SMALLEST:
+            return None
+        asked = solution.memory_bytes - (total - limit)
+
+
+def _least(problem: Problem, read: Callable[[Solution], Plan], rounds: int) -> Memory:
+    """Return the memory of the smallest plan that can be found."""
+    least = read(smallest(problem)).memory
+    for _ in range(rounds):
+        smaller = _fitting(problem, least.total - 1, read)
+        if smaller is None:
+            break
+        least = read(smaller).memory
+    return least
+
+
+def _over_budget(limit: float, least: Memory) -> BudgetError:
+    error = BudgetError(
+        f"no plan was found that fits {bytes_text(limit)} per rank",
+        at=[
+            ("smallest plan", memory_text(least)),
+            ("budget", f"{bytes_text(limit)}, {bytes_text(least.total - limit)} too little"),
+        ],
+        remedy=(
+            f"a budget of {least.total} bytes or more: cluster.memory_bytes={least.total}",
+            "more ranks, a smaller batch, or fewer trained parameters",
+        ),
+    )
+    error.needed_bytes = least.total
+    return error
+
+
+def budget(cluster: Cluster) -> float | None:
+    """Return the memory of one rank, or None if it is not limited."""
+    return cluster.memory_bytes if np.isfinite(cluster.memory_bytes) else None
