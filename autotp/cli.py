@@ -1,4 +1,5 @@
-"""The command line: `autotp demo`, `calibrate`, `regions`, and `plan`, `grids`, `check` of a MODEL.
+"""The command line: `autotp demo`, `calibrate`, `regions`, and of a MODEL `plan`, `grids`, `check`
+and `dryrun`.
 
 Prints results on standard output and progress on standard error. Exit status: 0 when all is well,
 1 when the demo or a check finds a difference, 2 when autotp refuses what it was asked.
@@ -7,6 +8,7 @@ Prints results on standard output and progress on standard error. Exit status: 0
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -20,6 +22,7 @@ import autotp
 from autotp import demo
 from autotp.calibrate import calibrate_rank, table
 from autotp.cost_model.cluster import CLUSTERS, bandwidth_bound, by_name
+from autotp.dryrun import STEPS
 from autotp.errors import AutotpError, CalibrationError
 from autotp.launch import launch
 from autotp.measure import THOROUGH
@@ -28,6 +31,8 @@ from autotp.reading import MEASURE
 from autotp.regions import win_regions
 from autotp.zoo import ZOO, build
 
+Built = tuple[torch.nn.Module, dict[str, torch.Tensor]]
+DTYPES = ("float32", "bfloat16", "float16")
 GridArgument = tuple[int, ...] | dict[str, int]
 
 
@@ -78,6 +83,19 @@ def make_parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", help="compare every rank's program with the model")
     _add_model(check, batch=4, seq=16)
     check.set_defaults(run=run_check)
+    dry = commands.add_parser(
+        "dryrun",
+        help="run one rank of a cluster on this one device",
+        description="Run one rank's program alone: compute and memory measured, links predicted.",
+    )
+    _add_model(dry, batch=8, seq=1024)
+    dry.add_argument("--rank", type=int, default=0, help="which rank of the grid")
+    dry.add_argument("--plan", metavar="FILE", help="follow a plan that `autotp plan --save` wrote")
+    dry.add_argument("--device", help="cpu or cuda; by default the GPU if there is one")
+    dry.add_argument("--small", action="store_true", help="a small variant of the model")
+    dry.add_argument("--steps", type=int, default=STEPS, help="how many steps are timed")
+    dry.add_argument("--json", action="store_true", help="print figures as JSON")
+    dry.set_defaults(run=run_dryrun)
     return parser
 
 
@@ -91,6 +109,16 @@ def _add_model(parser: argparse.ArgumentParser, *, batch: int, seq: int, grid: b
     )
     parser.add_argument("--batch", type=int, default=batch)
     parser.add_argument("--seq", type=int, default=seq)
+    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="of the weights")
+
+
+def _built(args: argparse.Namespace, *, small: bool = False, device: str = "meta") -> Built:
+    """Return the model that was asked for and its inputs."""
+    with stage(f"build {args.model}"):
+        model, inputs = build(
+            args.model, small=small, batch=args.batch, seq=args.seq, device=device
+        )
+        return model.to(getattr(torch, args.dtype)), inputs
 
 
 def run_demo(args: argparse.Namespace) -> int:
@@ -116,8 +144,7 @@ def run_calibrate(args: argparse.Namespace) -> int:
 
 def run_plan(args: argparse.Namespace) -> int:
     """Plan a model of full size on the meta device."""
-    with stage(f"build {args.model}"):
-        model, inputs = build(args.model, batch=args.batch, seq=args.seq)
+    model, inputs = _built(args)
     plan = autotp.plan(model, args.grid, inputs, cluster=args.cluster)
     print(plan)
     if args.save:
@@ -127,8 +154,7 @@ def run_plan(args: argparse.Namespace) -> int:
 
 def run_grids(args: argparse.Namespace) -> int:
     """Price every grid of a number of ranks for a model of full size on the meta device."""
-    with stage(f"build {args.model}"):
-        model, inputs = build(args.model, batch=args.batch, seq=args.seq)
+    model, inputs = _built(args)
     print(autotp.grids(model, args.ranks, inputs, cluster=args.cluster))
     return 0
 
@@ -144,12 +170,29 @@ def run_regions(args: argparse.Namespace) -> int:
 def run_check(args: argparse.Namespace) -> int:
     """Run every rank of a small variant with random weights."""
     torch.manual_seed(0)
-    model, inputs = build(args.model, small=True, batch=args.batch, seq=args.seq, device="cpu")
+    model, inputs = _built(args, small=True, device="cpu")
     # Models this small are not worth splitting on a real machine: let arithmetic be dear.
     dear = bandwidth_bound(1e9, flops_per_s=1e9)
     report = autotp.check(model, args.grid, inputs, cluster=args.cluster or dear)
     print(report)
     return 0 if report.ok else 1
+
+
+def run_dryrun(args: argparse.Namespace) -> int:
+    """Run one rank of a model that is captured on the meta device."""
+    model, inputs = _built(args, small=args.small)
+    found = autotp.dryrun(
+        model,
+        args.grid,
+        inputs,
+        rank=args.rank,
+        cluster=args.cluster,
+        plan=autotp.Plan.load(args.plan) if args.plan else None,
+        device=args.device,
+        steps=args.steps,
+    )
+    print(json.dumps(found.to_json(), indent=1) if args.json else found)
+    return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
