@@ -139,7 +139,13 @@ def _axis(shape: Shape) -> DistAxis:
 
 
 def _leave(axis: DistAxis) -> None:
-    dist.destroy_process_group(axis.group)
+    """Free a group's communicators; a group of gloo has none, and stays.
+
+    torch names such a group by its ranks and by how many groups live: the next one of these ranks
+    would get the name again, and with it the addresses that this one left in the store.
+    """
+    if dist.get_backend(axis.group) != "gloo":
+        dist.destroy_process_group(axis.group)
 
 
 def _pilot(clock: _Rounds, axis: DistAxis, device: torch.device) -> tuple[list[str], int]:

@@ -1,12 +1,22 @@
-"""How long is a training step: the emitted program against the original and against torch's own.
+"""How long is a training step: autotp against every scheme, torch's own parallelism, one process.
 
-Two questions, each answered by the median ratio of interleaved runs (A B A B) in CPU-seconds summed
-over ranks, forward, backward and AdamW:
+For each shape every variant trains the same model on the same batch, forward, backward and AdamW,
+on four gloo ranks. All are run in turn, round after round (A B C A B C ...), and each column is
+compared with torch's 1D tensor parallelism by the median of the ratios within a round:
 
-    1x1   autotp on a grid of one against the unmodified module
-    1x4   autotp's `megatron` against torch's `parallelize_module` for the same scheme
+    CPU s      CPU-seconds, summed over ranks
+    wall       seconds on loopback
+    link       seconds with all traffic through one link of --rate
+    sent       bytes sent per rank, by the kernel's own counters
+    memory     the peak of one rank over what it held before the model was built
 
-Run: python benchmarks/step_time.py [--rounds 9] [--out step_time.json]
+Columns that take a private network (root on Linux) are left out elsewhere. autotp plans for
+loopback by CPU-seconds, and anew for the link by the wall clock; both are measured here, not taken
+from the cache. The losses of all variants must agree. Two rows by themselves: autotp on a grid of
+one against the unmodified module, and its `megatron` against torch's, which splits the same way.
+
+    OMP_NUM_THREADS=1 python benchmarks/step_time.py [--all] [--shapes NAME ...]
+        [--variants NAME ...] [--rounds 3] [--layers 12] [--rate 1gbit] [--out step_time.json]
 """
 
 from __future__ import annotations
@@ -14,171 +24,264 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import platform
 import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    RowwiseParallel,
-    loss_parallel,
-    parallelize_module,
-)
-from torch.nn import functional as F
+from gauges import Spent, Step, peak_bytes, reset_peak, resident_bytes, spend
+from links import GIGABIT, limit, missing, private_network
+from shapes import MEASURED, SHAPES
+from variants import PLANNED, REFERENCE, VARIANTS, Refused, training_step
 
 import autotp
-from autotp import schemes
+from autotp.cost_model.calibration import Clock, fit
+from autotp.cost_model.cluster import Cluster
 from autotp.launch import launch
+from autotp.measure import QUICK, measure
 
-BATCH, SEQ, HIDDEN, HEADS, LAYERS, VOCAB = 8, 512, 256, 4, 4, 1024
-"""The activation-heavy shape: 4,096 tokens for 256 hidden."""
-
-
-class Block(nn.Module):
-    """A pre-norm transformer block with separate q, k and v, which both libraries can split."""
-
-    def __init__(self, hidden: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.ln_1, self.ln_2 = nn.LayerNorm(hidden), nn.LayerNorm(hidden)
-        self.q, self.k, self.v, self.o = (nn.Linear(hidden, hidden) for _ in range(4))
-        self.fc1, self.fc2 = nn.Linear(hidden, 4 * hidden), nn.Linear(4 * hidden, hidden)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.ln_1(x)
-        width = x.shape[-1] // self.heads
-        q, k, v = (
-            f(y).unflatten(-1, (-1, width)).transpose(1, 2) for f in (self.q, self.k, self.v)
-        )
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.o(y.transpose(1, 2).flatten(2))
-        return x + self.fc2(F.gelu(self.fc1(self.ln_2(x))))
+RANKS = 4
+LOOPBACK, LINK = "loopback", "link"
+CLOCKS: dict[str, Clock] = {LOOPBACK: "cpu", LINK: "wall"}
+SHORT_SHAPES = ("activation-heavy", "weight-heavy")
+SHORT_VARIANTS = (REFERENCE, PLANNED, "autotp megatron", "autotp batch_x_tensor", "torch TP+SP")
+SAME_LOSS = 1e-3
+"""Relative: float32 sums in another order, over the first two steps."""
 
 
-class GPT(nn.Module):
-    """A small GPT that returns its loss."""
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What every rank is told: how many rounds, how deep, how slow, and whom to give up early."""
 
-    def __init__(self, hidden: int, heads: int, layers: int, vocab: int, seq: int) -> None:
-        super().__init__()
-        self.wte, self.wpe = nn.Embedding(vocab, hidden), nn.Embedding(seq, hidden)
-        self.blocks = nn.ModuleList(Block(hidden, heads) for _ in range(layers))
-        self.ln_f = nn.LayerNorm(hidden)
-        self.head = nn.Linear(hidden, vocab, bias=False)
-
-    def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        x = self.wte(tokens) + self.wpe(torch.arange(tokens.shape[1], device=tokens.device))
-        for block in self.blocks:
-            x = block(x)
-        logits = self.head(self.ln_f(x))
-        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    rounds: int
+    layers: int
+    links: tuple[str, ...]
+    rate: str
+    cutoff: float
+    seconds: float
 
 
-def build() -> tuple[GPT, dict[str, Tensor]]:
-    torch.manual_seed(0)
-    tokens = torch.randint(0, VOCAB, (BATCH, SEQ))
-    model = GPT(HIDDEN, HEADS, LAYERS, VOCAB, SEQ)
-    return model, {"tokens": tokens, "labels": tokens.roll(-1, 1)}
+@dataclass(slots=True)
+class Row:
+    """One variant on one shape: what each round took on each link, and what was true once."""
+
+    shape: str
+    variant: str
+    spent: dict[str, list[Spent]] = field(default_factory=dict)
+    losses: list[float] = field(default_factory=list)
+    peak_bytes: float = 0.0
+    plan: dict[str, str] = field(default_factory=dict)
+    predicted_s: dict[str, float] = field(default_factory=dict)
+    refused: str = ""
+    figures: dict[str, tuple[float, float]] = field(default_factory=dict)
+    loss_off_by: float = 0.0
 
 
-def torch_1d(model: GPT) -> GPT:
-    """Apply torch's tensor parallel: column, row, vocabulary-parallel embedding, head and loss."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    column, row = ColwiseParallel(), RowwiseParallel()
-    plan: dict[str, object] = {
-        "wte": RowwiseParallel(input_layouts=Replicate()),
-        "head": ColwiseParallel(output_layouts=Shard(-1), use_local_output=False),
-    }
-    for i in range(len(model.blocks)):
-        for name in ("q", "k", "v", "fc1"):
-            plan[f"blocks.{i}.{name}"] = column
-        for name in ("o", "fc2"):
-            plan[f"blocks.{i}.{name}"] = row
-    return parallelize_module(model, mesh, plan)  # type: ignore[arg-type,return-value]
+# On the ranks ------------------------------------------------------------------------------------
 
 
-def stepper(
-    model: nn.Module, inputs: dict[str, Tensor], around: Callable[[], object] | None = None
-) -> Callable[[], float]:
-    """Return a function that makes one training step and returns its loss."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-
-    def step() -> float:
-        optimizer.zero_grad()
-        if around is None:
-            loss = model(**inputs)
-            loss.backward()
-        else:
-            with around():  # type: ignore[attr-defined]
-                loss = model(**inputs)
-                loss.backward()
-        optimizer.step()
-        return float(loss.detach())
-
-    return step
+def work(shapes: Sequence[str], names: Sequence[str], options: Options) -> list[list[Row]]:
+    """Run all shapes, and print each as it is done; every rank calls it."""
+    dist.init_process_group("gloo")
+    clusters = {link: _measured(link, options) for link in options.links}
+    out = []
+    for shape in shapes:
+        sets = [train(shape, chosen, clusters, options) for chosen in sets_of(shape, names)]
+        out.append(compared(sets))
+        if dist.get_rank() == 0:
+            about, layers = SHAPES[shape].about, options.layers or SHAPES[shape].layers
+            print(f"\n{shape}: {about}, {layers} layers")
+            print_table(out[-1])
+    return out
 
 
-def cpu_seconds(step: Callable[[], float], steps: int) -> float:
-    """Return the CPU-seconds per step, summed over ranks."""
-    if dist.is_initialized():
+def _measured(link: str, options: Options) -> Cluster:
+    """Return this machine as it is on a link, by the clock of its column."""
+    with _limited(link, options):
+        found = measure(replace(QUICK, seconds=options.seconds), torch.device("cpu"))
+    return fit(found, link, CLOCKS[link])
+
+
+def sets_of(shape: str, names: Sequence[str]) -> list[list[str]]:
+    """Return the variants that are held at once, the reference among each set."""
+    others = [name for name in names if name != REFERENCE]
+    size = max(1, SHAPES[shape].together - 1)
+    return [
+        [REFERENCE, *others[start : start + size]] for start in range(0, max(1, len(others)), size)
+    ]
+
+
+def train(
+    shape: str, names: Sequence[str], clusters: Mapping[str, Cluster], options: Options
+) -> list[Row]:
+    """Run these variants in turn, on every link that was measured."""
+    rows = {name: Row(shape, name) for name in names}
+    steps: dict[str, Step] = {}
+    for link, cluster in clusters.items():
+        for name in names:
+            if link == LOOPBACK or name == PLANNED:
+                steps.pop(name, None)
+                _build(rows[name], steps, link, cluster, options)
+        with _limited(link, options):
+            _rounds(rows, steps, link, options)
+    return list(rows.values())
+
+
+def _build(row: Row, steps: dict[str, Step], link: str, cluster: Cluster, options: Options) -> None:
+    """Make a variant's step, and take its first two: their losses, and the second one's peak."""
+    before = resident_bytes()
+    try:
+        step, plan = VARIANTS[row.variant](SHAPES[row.shape].build(options.layers), cluster)
+    except Refused as refusal:
+        row.refused = str(refusal)
+        return
+    steps[row.variant] = step
+    row.losses = [step()]
+    resident_bytes()
+    reset_peak()
+    row.losses.append(step())
+    row.peak_bytes = row.peak_bytes or peak_bytes() - before
+    if plan is not None:
+        row.plan[link] = f"{plan.grid}, {plan.step_time_s:.3g} s predicted"
+        row.predicted_s[link] = plan.step_time_s
+
+
+@contextmanager
+def _limited(link: str, options: Options) -> Iterator[None]:
+    """Let all traffic pass one link of the given rate meanwhile, where the link counts."""
+    if link != LINK:
+        yield
+        return
+    for rate in (options.rate, None):
         dist.barrier()
-    start = time.process_time()
-    for _ in range(steps):
-        step()
-    spent = torch.tensor((time.process_time() - start) / steps, dtype=torch.float64)
-    if dist.is_initialized():
-        dist.all_reduce(spent)
-    return float(spent)
+        if dist.get_rank() == 0:
+            limit("lo", rate)
+        dist.barrier()
+        if rate is not None:
+            yield
 
 
-def compare(
-    first: Callable[[], float], second: Callable[[], float], rounds: int, steps: int = 2
-) -> dict[str, float]:
-    """Run A B A B and return medians and the median of the ratios A/B."""
-    losses = [abs(first() - second()) for _ in range(2)]
-    pairs = [(cpu_seconds(first, steps), cpu_seconds(second, steps)) for _ in range(rounds)]
-    return {
-        "first_cpu_s": statistics.median(a for a, _ in pairs),
-        "second_cpu_s": statistics.median(b for _, b in pairs),
-        "ratio": statistics.median(a / b for a, b in pairs),
-        "loss_difference": max(losses),
-    }
+def _rounds(rows: dict[str, Row], steps: dict[str, Step], link: str, options: Options) -> None:
+    """Take a step of every variant in each round; what is far behind is timed once only."""
+    tried = {name: spend(step) for name, step in steps.items()}
+    bound = options.cutoff * tried[REFERENCE].wall_s
+    for name, first in tried.items():
+        rows[name].spent[link] = [first] if first.wall_s > bound else []
+    going = [name for name in steps if not rows[name].spent[link]]
+    for _ in range(options.rounds):
+        for name in going:
+            rows[name].spent[link].append(spend(steps[name]))
 
 
-def one_rank(rounds: int) -> dict[str, float]:
-    model, inputs = build()
+def compared(sets: Sequence[Sequence[Row]]) -> list[Row]:
+    """Return all rows with their figures beside those of the reference that ran with them."""
+    true = sets[0][0].losses
+    for rows in sets:
+        for row in rows:
+            row.figures = figures(row, rows[0])
+            pairs = zip(row.losses, true, strict=False)
+            row.loss_off_by = max((abs(a / b - 1) for a, b in pairs), default=0.0)
+    return [*sets[0], *(row for rows in sets[1:] for row in rows[1:])]
+
+
+# From rounds to a table --------------------------------------------------------------------------
+
+COLUMNS = {
+    "CPU s": (LOOPBACK, "cpu_s", 1.0),
+    "wall": (LOOPBACK, "wall_s", 1.0),
+    "link": (LINK, "wall_s", 1.0),
+    "sent MB": (LOOPBACK, "sent_bytes", 1e6),
+}
+MEMORY = "memory MB"
+
+
+def figures(row: Row, reference: Row) -> dict[str, tuple[float, float]]:
+    """Return the median of each column, and that of its ratios to the reference, round by round."""
+    out = {}
+    for column, (link, name, unit) in COLUMNS.items():
+        mine, theirs = ([getattr(s, name) for s in r.spent.get(link, [])] for r in (row, reference))
+        if any(mine):
+            ratios = [a / b for a, b in zip(mine, theirs, strict=False)]
+            out[column] = statistics.median(mine) / unit, statistics.median(ratios)
+    if row.peak_bytes:
+        out[MEMORY] = row.peak_bytes / 1e6, row.peak_bytes / reference.peak_bytes
+    return out
+
+
+def print_table(rows: Sequence[Row]) -> None:
+    """Print a line per variant: each column and, in brackets, its ratio to the reference."""
+    columns = [*COLUMNS, MEMORY]
+    print(f"{'':26}" + "".join(f"{column:>18}" for column in columns) + "  loss off by")
+    for row in rows:
+        if row.refused:
+            print(f"{row.variant:<26}  refused: {row.refused}")
+            continue
+        found = row.figures
+        cells = [f"{found[c][0]:9.3f} ({found[c][1]:5.2f})" if c in found else "-" for c in columns]
+        once = ", once" if any(len(spent) == 1 for spent in row.spent.values()) else ""
+        text = "; ".join(row.plan.values()) + once
+        print(f"{row.variant:<26}" + "".join(f"{cell:>18}" for cell in cells), end="")
+        print(f"  {row.loss_off_by:11.1e}  {text}", flush=True)
+
+
+# A grid of one -----------------------------------------------------------------------------------
+
+
+def one_rank(rounds: int, shape: str) -> float:
+    """Return autotp on a grid of one over the unmodified module, in CPU-seconds."""
+    dist.init_process_group("gloo")
+    model, inputs = SHAPES[shape].build()
     ours = autotp.parallelize(copy.deepcopy(model), grid=(1, 1), example_inputs=inputs)
-    return compare(stepper(ours, inputs), stepper(model, inputs), rounds)
+    steps = training_step(ours, inputs), training_step(model, inputs)
+    for step in steps:
+        step()
+    pairs = [[spend(step).cpu_s for step in steps] for _ in range(rounds)]
+    return statistics.median(a / b for a, b in pairs)
 
 
-def four_ranks(rounds: int) -> dict[str, float]:
-    model, inputs = build()
-    pins = schemes.megatron(model, (1, 4), inputs)
-    theirs = copy.deepcopy(model)
-    ours = autotp.parallelize(model, (1, 4), inputs, cluster="gloo_loopback", pins=pins)
-    return compare(stepper(ours, inputs), stepper(torch_1d(theirs), inputs, loss_parallel), rounds)
+# The command -------------------------------------------------------------------------------------
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--all", action="store_true", help="every shape and every variant")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=SHORT_SHAPES)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=SHORT_VARIANTS)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=0, help="12 for all of GPT-2 small")
+    parser.add_argument("--rate", default=GIGABIT, help="of the slow link, as tc spells it")
+    parser.add_argument("--no-link", action="store_true", help="loopback only")
+    parser.add_argument("--cutoff", type=float, default=3.0, help="times the reference: time once")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of measuring the machine")
+    parser.add_argument("--out", type=Path)
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    rows = {
-        "1x1 autotp / original module": launch(one_rank, 1, args.rounds)[0],
-        "1x4 autotp megatron / torch parallelize_module": launch(four_ranks, 4, args.rounds)[0],
-    }
-    print(f"CPU-seconds per step, {BATCH}x{SEQ} tokens, hidden {HIDDEN}, {LAYERS} layers")
-    for name, row in rows.items():
-        print(f"{name:<48} {row['first_cpu_s']:8.3f} {row['second_cpu_s']:8.3f}", end="")
-        print(f"   ratio {row['ratio']:.3f}   loss differs by {row['loss_difference']:.1e}")
+    args = arguments()
+    shapes = MEASURED if args.all else tuple(args.shapes)
+    names = tuple(VARIANTS) if args.all else tuple(args.variants)
+    why_not = "--no-link" if args.no_link else missing()
+    if why_not:
+        print(f"without a private network, its link and its counters: {why_not}")
+    else:
+        private_network()
+    links = (LOOPBACK,) if why_not else (LOOPBACK, LINK)
+    options = Options(args.rounds, args.layers, links, args.rate, args.cutoff, args.seconds)
+    rows = [row for found in launch(work, RANKS, shapes, names, options)[0] for row in found]
+    alone = launch(one_rank, 1, args.rounds, shapes[0])[0]
+    print(f"\nautotp on a grid of one over the unmodified module, CPU-seconds: {alone:.3f}")
     if args.out:
-        args.out.write_text(json.dumps(rows, indent=1) + "\n")
+        about = {"torch": torch.__version__, "machine": platform.processor()}
+        body = {"about": about, "options": asdict(options), "one_rank": alone}
+        args.out.write_text(json.dumps({**body, "rows": list(map(asdict, rows))}, indent=1) + "\n")
+    wrong = [f"{row.variant} on {row.shape}" for row in rows if row.loss_off_by > SAME_LOSS]
+    if wrong:
+        raise SystemExit(f"other losses than {REFERENCE}'s: {', '.join(wrong)}")
 
 
 if __name__ == "__main__":

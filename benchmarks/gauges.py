@@ -1,0 +1,66 @@
+"""What a step takes, as all ranks see it: CPU-seconds, wall seconds, bytes sent, peak memory.
+
+spend            one step on two clocks, and by the counters of a private network
+taken_bytes      the peak that a call reaches over what was resident before
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from links import sent_bytes
+
+Step = Callable[[], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """CPU-seconds summed over ranks, wall seconds of the slowest, bytes that all ranks sent."""
+
+    cpu_s: float
+    wall_s: float
+    sent_bytes: float
+
+
+def spend(step: Step) -> Spent:
+    """Return what one step takes, the same on all ranks; bytes count only in a private network."""
+    dist.barrier()
+    sent, wall, cpu = sent_bytes(), time.perf_counter(), time.process_time()
+    step()
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    dist.barrier()
+    sent = sent_bytes() - sent
+    total = torch.tensor([cpu, float(sent)], dtype=torch.float64)
+    slowest = torch.tensor([wall], dtype=torch.float64)
+    dist.all_reduce(total)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    return Spent(float(total[0]), float(slowest), float(total[1]) / dist.get_world_size())
+
+
+def resident_bytes() -> float:
+    """Return what this process holds, after giving back what it can."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return _status_bytes("VmRSS")
+
+
+def reset_peak() -> None:
+    """Let `peak_bytes` count from what is resident now."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes() -> float:
+    """Return the most that this process held since `reset_peak`."""
+    return _status_bytes("VmHWM")
+
+
+def _status_bytes(name: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith(name))
