@@ -5,7 +5,7 @@ of the process. Prints the seconds of each stage and the table of grids, and wri
 seconds are those of this process and of the processes that it shares the grids out to.
 `--ways` prices the grids again one after another, and on threads.
 
-    OMP_NUM_THREADS=1 python benchmarks/grid_choice.py [MODEL] [--ranks 1024] [--ways]
+    OMP_NUM_THREADS=1 python benchmarks/grid_choice.py [MODEL] [--all] [--ranks 16] [--ways]
 """
 
 from __future__ import annotations
@@ -61,13 +61,15 @@ def now() -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", default="llama-3-8b", choices=sorted(ZOO))
-    parser.add_argument("--ranks", type=int, default=1024)
+    parser.add_argument("--ranks", type=int, default=16)
+    parser.add_argument("--all", action="store_true", help="1,024 ranks")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seq", type=int, default=2048)
     parser.add_argument("--cluster", default="dgx_h100", choices=sorted(CLUSTERS))
     parser.add_argument("--ways", action="store_true", help="also one after another, and threads")
     parser.add_argument("--out", type=Path, default=Path("grid_choice.json"))
     args = parser.parse_args()
+    args.ranks = 1024 if args.all else args.ranks
     stages: Stages = {}
     print(f"{'':28} {'wall s':>8} {'CPU s':>8}")
     timed(stages, "imports", lambda: None, (START_S, 0.0))

@@ -64,10 +64,11 @@ def limit(interface: str, rate: str | None) -> None:
         _run(*_tbf(interface, rate))
 
 
-def sent_bytes() -> int:
-    """Return the bytes that this namespace's interfaces have sent since they are up."""
-    lines = Path("/proc/self/net/dev").read_text().splitlines()[2:]
-    return sum(int(line.split(":")[1].split()[8]) for line in lines)
+def sent_bytes(interface: str = "") -> int:
+    """Return the bytes that this namespace's interfaces, or the one named, have sent so far."""
+    lines = [line.split(":") for line in Path("/proc/self/net/dev").read_text().splitlines()[2:]]
+    named = [(name.strip(), figures) for name, figures in lines]
+    return sum(int(text.split()[8]) for name, text in named if interface in ("", name))
 
 
 @contextmanager

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -130,6 +129,8 @@ def gpt(
 
 def llama(batch: int, seq: int, hidden: int, layers: int) -> Built:
     """Return a Llama with half as many heads for keys and values as for queries."""
+    import transformers  # costs every rank two seconds, whatever shape is asked for
+
     config = transformers.LlamaConfig(
         vocab_size=1024,
         hidden_size=hidden,

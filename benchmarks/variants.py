@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import transformers
 from gauges import Step
 from shapes import GPT, Built, Inputs, WideMlp
 from torch import nn
@@ -105,13 +104,10 @@ def torch_tensor_parallel(sequence: bool, built: Built, cluster: Cluster) -> tup
 
 def styles(model: nn.Module, sequence: bool) -> Styles:
     """Return torch's styles for each module: q, k and v share one gather, and one reduction."""
-    if isinstance(model, WideMlp):
-        return _mlp_styles(len(model.layers), sequence)
-    if isinstance(model, GPT):
-        return _gpt_styles(len(model.blocks), sequence)
-    if isinstance(model, transformers.LlamaForCausalLM):
-        return _llama_styles(len(model.model.layers), sequence)
-    raise Refused(f"no hand-written plan for {type(model).__name__}")
+    found = STYLES.get(type(model).__name__)
+    if found is None:
+        raise Refused(f"no hand-written plan for {type(model).__name__}")
+    return found(len(_blocks(model)), sequence)
 
 
 def _mlp_styles(count: int, sequence: bool) -> Styles:
@@ -190,6 +186,13 @@ def _llama_styles(layers: int, sequence: bool) -> Styles:
     return out
 
 
+STYLES: dict[str, Callable[[int, bool], Styles]] = {
+    "GPT": _gpt_styles,
+    "LlamaForCausalLM": _llama_styles,
+    "WideMlp": _mlp_styles,
+}
+
+
 def torch_ddp(built: Built, cluster: Cluster) -> tuple[Step, None]:
     """Repeat the model and split the batch; gradients are all-reduced as they come."""
     model, inputs = built
@@ -208,8 +211,8 @@ def torch_fsdp(built: Built, cluster: Cluster) -> tuple[Step, None]:
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
     """Return the repeated modules of a model: the longest list in it."""
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-    return list(max(lists, key=len))
+    lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList)]
+    return max(lists, key=len)
 
 
 def _part(inputs: Inputs) -> Inputs:
