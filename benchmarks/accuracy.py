@@ -39,7 +39,7 @@ from autotp.schemes import SCHEMES, scheme_pins
 RANKS, GRID = 4, (2, 2)
 PICK = "what autotp picks"
 WARM = "tiny"
-SHORT = ("activation-heavy", "weight-heavy", "balanced")
+SHORT = ("balanced",)
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def summary(rows: list[Row]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--all", action="store_true", help="all shapes, not three")
+    parser.add_argument("--all", action="store_true", help="all shapes, not one")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=SHORT)
     parser.add_argument("--schemes", nargs="+", choices=[*SCHEMES, PICK], default=[*SCHEMES, PICK])
     parser.add_argument("--steps", type=int, default=3)

@@ -23,8 +23,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from step_time import GPT, stepper
+from shapes import GPT
 from torch import Tensor, nn
+from variants import training_step
 
 import autotp
 from autotp import schemes
@@ -73,7 +74,7 @@ def case(grid: tuple[int, int], data_parallel: bool, rounds: int) -> dict[str, f
     steps, counts = [], []
     for plan in (shared, apart):
         one = autotp.parallelize(copy.deepcopy(model), grid, inputs, plan=plan)
-        steps.append(stepper(one, inputs))
+        steps.append(training_step(one, inputs))
         counts.append(calls(one, steps[-1]))
     for step in steps:
         step()
