@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-VARIANTS = ("torch TP", "torch TP+SP", "torch FSDP2", "autotp", "autotp batch_x_tensor")
+VARIANTS = ("torch TP+SP", "torch FSDP2", "autotp")
 
 
 def run(script, *arguments):
