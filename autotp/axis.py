@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from autotp.cost_model.collectives import sent_bytes
+from autotp.algorithms import gather, permuted, reduce, scatter, scatter_by_exchange
+from autotp.cost_model.collectives import OTHERS, sent_bytes, wire_bytes_by
 from autotp.errors import RuntimeStateError
 from autotp.grid import Coords, Grid
 from autotp.liveness import last_node, lost
@@ -50,7 +51,10 @@ class Axis(ABC):
     @property
     def sent(self) -> dict[str, Fraction]:
         """The bytes this rank has sent, by kind of collective; not counted inside torch.compile."""
-        return {k: sent_bytes(k, n, self.size) for k, n in self._whole_bytes.items()}
+        out: dict[str, Fraction] = {}
+        for (kind, by), n in self._whole_bytes.items():
+            out[kind] = out.get(kind, Fraction(0)) + sent_bytes(kind, n, self.size, by)
+        return out
 
     @property
     def calls(self) -> dict[str, int]:
@@ -59,31 +63,38 @@ class Axis(ABC):
 
     def reset_sent(self) -> None:
         """Count from zero again."""
-        self._whole_bytes: dict[str, int] = {}
+        self._whole_bytes: dict[tuple[str, str], int] = {}
         self._calls: dict[str, int] = {}
 
-    def _count(self, kind: str, x: Tensor, times: int = 1, counted: int | None = None) -> None:
+    def _count(self, kind: str, x: Tensor, size_bytes: int | None = None, by: str = "") -> None:
         if not torch.compiler.is_compiling():
-            size_bytes = x.nbytes * times if counted is None else counted
-            self._whole_bytes[kind] = self._whole_bytes.get(kind, 0) + size_bytes
+            n = x.nbytes if size_bytes is None else size_bytes
+            n = wire_bytes_by(kind, by, n, self.size, x.itemsize)
+            self._whole_bytes[kind, by] = self._whole_bytes.get((kind, by), 0) + n
             self._calls[kind] = self._calls.get(kind, 0) + 1
 
-    # The raw collectives ---------------------------------------------------------------------
+    # The collectives, by the plain algorithm or by another -------------------------------------
 
-    def all_gather(self, x: Tensor) -> Tensor:
+    def algorithms(self, kind: str) -> tuple[str, ...]:
+        """Return what a kind may be made of here beside its plain algorithm."""
+        return OTHERS.get(kind, ())
+
+    def all_gather(self, x: Tensor, by: str = "") -> Tensor:
         """Return the wire of every rank's `x`, which must have one shape on all of them."""
-        self._count("all_gather", x, self.size)
-        return self._all_gather(x.contiguous())
+        self._count("all_gather", x, x.nbytes * self.size, by)
+        return gather(self, x.contiguous(), by)
 
-    def reduce_scatter(self, wire: Tensor) -> Tensor:
+    def reduce_scatter(self, wire: Tensor, by: str = "") -> Tensor:
         """Return the sum over ranks of the block that is addressed to this one."""
-        self._count("reduce_scatter", wire)
-        return self._reduce_scatter(wire.contiguous())
+        self._count("reduce_scatter", wire, by=by)
+        return scatter(self, wire.contiguous(), by)
 
-    def all_reduce(self, x: Tensor, op: str = "sum") -> Tensor:
+    def all_reduce(self, x: Tensor, op: str = "sum", by: str = "") -> Tensor:
         """Return the sum (or `max`) of every rank's `x`, as a new tensor."""
-        self._count("all_reduce", x)
-        return self._all_reduce(x.contiguous(), op)
+        self._count("all_reduce", x, by=by)
+        if op != "sum":
+            return self._all_reduce(x.contiguous(), op)
+        return reduce(self, x.contiguous(), by)
 
     def start_all_reduce(self, buffer: Tensor) -> Tensor:
         """Start to sum every rank's `buffer`, and use it up; `landed` returns the sum."""
@@ -106,20 +117,19 @@ class Axis(ABC):
         Without the numbers of rows, `x` is a wire. The bytes counted are those of an even exchange
         of `x`, or of as many bytes as are given: where data says how many rows go where.
         """
-        self._count("all_to_all", x, counted=counted)
+        self._count("all_to_all", x, counted)
         even = [x.shape[0] // self.size] * self.size
         return self._all_to_all(x.contiguous(), list(send or even), list(receive or even))
 
     def permute(self, x: Tensor, by: int = 1) -> Tensor:
         """Send `x` to the rank that is `by` further on, round the end; return what came in.
 
-        All ranks must bring one shape. An all-to-all in which all but one message are empty.
+        All ranks must bring one shape.
         """
         self._count("permute", x)
-        rows = x.numel()
-        send, receive = [0] * self.size, [0] * self.size
-        send[(self.index + by) % self.size] = receive[(self.index - by) % self.size] = rows
-        return self._all_to_all(x.contiguous().reshape(-1), send, receive).reshape(x.shape)
+        return permuted(self, x.contiguous(), by)
+
+    # As a backend runs them --------------------------------------------------------------------
 
     @abstractmethod
     def _all_gather(self, x: Tensor) -> Tensor: ...
@@ -151,13 +161,17 @@ class DistAxis(Axis):
         self.group_name: str = group.group_name
         self._sum_locally: bool = torch.distributed.get_backend(group) == "gloo"
 
+    def algorithms(self, kind: str) -> tuple[str, ...]:
+        """Return what a kind may be made of here beside its plain algorithm."""
+        plain = "exchange" if self._sum_locally and kind == "reduce_scatter" else ""
+        return tuple(by for by in super().algorithms(kind) if by != plain)
+
     def _all_gather(self, x: Tensor) -> Tensor:
         return self._call("all_gather_into_tensor", x.unsqueeze(0), self.size)
 
     def _reduce_scatter(self, wire: Tensor) -> Tensor:
-        if self._sum_locally:  # gloo's own sends twice the bytes
-            one = [1] * self.size
-            return self._all_to_all(wire, one, one).sum(0, dtype=wire.dtype)
+        if self._sum_locally:
+            return scatter_by_exchange(self, wire)
         return self._call("reduce_scatter_tensor", wire, "sum", self.size).squeeze(0)
 
     def _all_reduce(self, x: Tensor, op: str) -> Tensor:

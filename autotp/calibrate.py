@@ -24,14 +24,15 @@ import torch.distributed as dist
 from autotp.calibration_file import Calibration, Identity, cache_path, load, plain, save
 from autotp.cost_model.calibration import fit
 from autotp.cost_model.cluster import Cluster, Link
-from autotp.cost_model.collectives import ALGORITHMS
+from autotp.cost_model.collectives import PLAIN
+from autotp.cost_model.link_fit import way_of
 from autotp.errors import CalibrationError
 from autotp.measure import QUICK, Effort, measure, ranks_per_node
 from autotp.progress import stage
 from autotp.ranks import from_rank_0, together
 from autotp.version import VERSION
 
-MEASURABLE = tuple(sorted(set(ALGORITHMS) - {"ring"}))
+MEASURABLE = tuple(sorted(set(PLAIN) - {"ring"}))
 """The backends whose collectives can be timed: "ring" is the textbook's."""
 
 
@@ -212,7 +213,7 @@ def table(calibration: Calibration) -> str:
 
 
 def _link_lines(where: str, link: Link) -> Iterator[str]:
-    yield f"{where:<16} ranks    a step     sent"
+    yield f"{where:<33} ranks    a step     sent"
     for r in link.rates:
         seconds, rate = r.latency_s * 1e6, r.bandwidth_bytes_per_s / 1e9
-        yield f"  {r.kind:<14} {r.ranks:5} {seconds:6.0f} us {rate:6.2f} GB/s"
+        yield f"  {way_of(r.kind, r.by):<31} {r.ranks:5} {seconds:6.0f} us {rate:6.2f} GB/s"

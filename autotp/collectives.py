@@ -3,7 +3,8 @@
 Each function names its move and fixes its backward: the dual kernel under the same arguments. The
 emitted graphs call these functions by name. `dim` is the tensor's, `axis` the grid's; `parts` are
 the sizes of the blocks of `dim` as they are when this axis is gathered (none means one block), and
-`size` is the gathered length of `dim`, needed only where the ranks hold different lengths.
+`size` is the gathered length of `dim`, needed only where the ranks hold different lengths. `by` is
+the algorithm of the collective, `back_by` that of its gradient's, where not the plain ones.
 Uneven chunks are padded to the largest on the wire and cut after it.
 """
 
@@ -24,6 +25,8 @@ from autotp.liveness import caller
 Parts = tuple[int, ...]
 Kernel = Callable[..., Tensor]
 Where = tuple[Any, ...]
+Ways = tuple[str, str]
+"""The algorithms forward and backward; "" is the plain one."""
 Place = tuple[str, int] | None
 """The line of the emitted program that asked for the move: for errors of its backward."""
 WholeType = Literal["R", "I"]
@@ -34,22 +37,23 @@ class _Move(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, kernel: Kernel, dual: Kernel, where: Where, place: Place
+        ctx: Any, x: Tensor, kernel: Kernel, dual: Kernel, where: Where, ways: Ways, place: Place
     ) -> Tensor:
-        ctx.kernel, ctx.dual, ctx.where, ctx.place = kernel, dual, where, place
-        return kernel(x, *where)
+        ctx.kernel, ctx.dual, ctx.where, ctx.ways, ctx.place = kernel, dual, where, ways, place
+        return kernel(x, *where, ways[0])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        return _move(grad, ctx.dual, ctx.kernel, ctx.where), None, None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        back = _move(grad, ctx.dual, ctx.kernel, ctx.where, ctx.ways[::-1])
+        return back, None, None, None, None, None
 
 
-def _move(x: Tensor, kernel: Kernel, dual: Kernel, where: Where) -> Tensor:
+def _move(x: Tensor, kernel: Kernel, dual: Kernel, where: Where, ways: Ways = ("", "")) -> Tensor:
     if x.requires_grad and torch.is_grad_enabled():
         place = None if torch.compiler.is_compiling() else caller(2)
-        out: Tensor = _Move.apply(x, kernel, dual, where, place)  # type: ignore[no-untyped-call]
+        out: Tensor = _Move.apply(x, kernel, dual, where, ways, place)  # type: ignore[no-untyped-call]
         return out
-    return kernel(x, *where)
+    return kernel(x, *where, ways[0])
 
 
 # The moves -------------------------------------------------------------------------------------
@@ -62,31 +66,38 @@ def all_gather(
     parts: Parts = (),
     size: int | None = None,
     to: WholeType = "R",
+    by: str = "",
+    back_by: str = "",
 ) -> Tensor:
     """S -> R (backward reduce-scatter) or S -> I (backward slice)."""
     if axis.size == 1:
         return x
     where = (axis, dim, parts, x.shape[dim] * axis.size if size is None else size)
-    return _move(x, _gather, _reduce_scatter if to == "R" else _slice, where)
+    return _move(x, _gather, _reduce_scatter if to == "R" else _slice, where, (by, back_by))
 
 
-def reduce_scatter(x: Tensor, axis: Axis, dim: int, parts: Parts = ()) -> Tensor:
+def reduce_scatter(
+    x: Tensor, axis: Axis, dim: int, parts: Parts = (), by: str = "", back_by: str = ""
+) -> Tensor:
     """P -> S; backward all-gather."""
     if axis.size == 1:
         return x
-    return _move(x, _reduce_scatter, _gather, (axis, dim, parts, x.shape[dim]))
+    where = (axis, dim, parts, x.shape[dim])
+    return _move(x, _reduce_scatter, _gather, where, (by, back_by))
 
 
-def all_reduce(x: Tensor, axis: Axis, to: WholeType = "R") -> Tensor:
+def all_reduce(
+    x: Tensor, axis: Axis, to: WholeType = "R", by: str = "", back_by: str = ""
+) -> Tensor:
     """P -> R (backward all-reduce) or P -> I (backward nothing)."""
     if axis.size == 1:
         return x
-    return _move(x, _all_reduce, _all_reduce if to == "R" else _nothing, (axis,))
+    return _move(x, _all_reduce, _all_reduce if to == "R" else _nothing, (axis,), (by, back_by))
 
 
-def invariant_to_replicate(x: Tensor, axis: Axis) -> Tensor:
+def invariant_to_replicate(x: Tensor, axis: Axis, back_by: str = "") -> Tensor:
     """I -> R: nothing; backward all-reduce."""
-    return x if axis.size == 1 else _move(x, _nothing, _all_reduce, (axis,))
+    return x if axis.size == 1 else _move(x, _nothing, _all_reduce, (axis,), ("", back_by))
 
 
 def replicate_to_invariant(x: Tensor, axis: Axis) -> Tensor:
@@ -95,13 +106,18 @@ def replicate_to_invariant(x: Tensor, axis: Axis) -> Tensor:
 
 
 def slice_to_shard(
-    x: Tensor, axis: Axis, dim: int, parts: Parts = (), source: WholeType = "I"
+    x: Tensor,
+    axis: Axis,
+    dim: int,
+    parts: Parts = (),
+    source: WholeType = "I",
+    back_by: str = "",
 ) -> Tensor:
     """I -> S (backward all-gather) or R -> S (backward pad)."""
     if axis.size == 1:
         return x
     where = (axis, dim, parts, x.shape[dim])
-    return _move(x, _slice, _gather if source == "I" else _pad, where)
+    return _move(x, _slice, _gather if source == "I" else _pad, where, ("", back_by))
 
 
 def keep_one(x: Tensor, axis: Axis, source: WholeType = "I") -> Tensor:
@@ -148,33 +164,36 @@ Split = tuple[int, Parts, int]
 """The dim, the parts and the gathered size of a shard."""
 
 
-def _nothing(x: Tensor, axis: Axis) -> Tensor:
+def _nothing(x: Tensor, axis: Axis, by: str = "") -> Tensor:
     return x
 
 
-def _all_reduce(x: Tensor, axis: Axis) -> Tensor:
-    return axis.all_reduce(x)
+def _all_reduce(x: Tensor, axis: Axis, by: str = "") -> Tensor:
+    return axis.all_reduce(x, by=by)
 
 
-def _keep_one(x: Tensor, axis: Axis) -> Tensor:
+def _keep_one(x: Tensor, axis: Axis, by: str = "") -> Tensor:
     return x if axis.index == 0 else torch.zeros_like(x)
 
 
-def _gather(x: Tensor, axis: Axis, dim: int, parts: Parts, size: int) -> Tensor:
-    return _from_wire(axis.all_gather(_fill(x, dim, -(-size // axis.size))), dim, parts, size)
+def _gather(x: Tensor, axis: Axis, dim: int, parts: Parts, size: int, by: str = "") -> Tensor:
+    wire = axis.all_gather(_fill(x, dim, -(-size // axis.size)), by)
+    return _from_wire(wire, dim, parts, size)
 
 
-def _reduce_scatter(x: Tensor, axis: Axis, dim: int, parts: Parts, size: int) -> Tensor:
-    out = axis.reduce_scatter(_to_wire(x, dim, parts, axis.size))
+def _reduce_scatter(
+    x: Tensor, axis: Axis, dim: int, parts: Parts, size: int, by: str = ""
+) -> Tensor:
+    out = axis.reduce_scatter(_to_wire(x, dim, parts, axis.size), by)
     return _cut(out, dim, _local_size(size, axis))
 
 
-def _slice(x: Tensor, axis: Axis, dim: int, parts: Parts, size: int) -> Tensor:
+def _slice(x: Tensor, axis: Axis, dim: int, parts: Parts, size: int, by: str = "") -> Tensor:
     blocks = [x.narrow(dim, a, b - a) for a, b in _ranges(parts or (size,), axis.size, axis.index)]
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim)
 
 
-def _pad(x: Tensor, axis: Axis, dim: int, parts: Parts, size: int) -> Tensor:
+def _pad(x: Tensor, axis: Axis, dim: int, parts: Parts, size: int, by: str = "") -> Tensor:
     out = x.new_zeros((*x.shape[:dim], size, *x.shape[dim + 1 :]))
     taken = 0
     for low, high in _ranges(parts or (size,), axis.size, axis.index):
@@ -183,7 +202,7 @@ def _pad(x: Tensor, axis: Axis, dim: int, parts: Parts, size: int) -> Tensor:
     return out
 
 
-def _all_to_all(x: Tensor, axis: Axis, old: Split, new: Split) -> Tensor:
+def _all_to_all(x: Tensor, axis: Axis, old: Split, new: Split, by: str = "") -> Tensor:
     (concat_dim, concat_parts, concat_size), (split_dim, split_parts, split_size) = old, new
     if concat_dim == split_dim:
         return _reblock(x, axis, concat_dim, concat_parts or (concat_size,), split_parts)
@@ -193,7 +212,7 @@ def _all_to_all(x: Tensor, axis: Axis, old: Split, new: Split) -> Tensor:
     return _cut(out, split_dim, _local_size(split_size, axis))
 
 
-def _all_to_all_back(x: Tensor, axis: Axis, old: Split, new: Split) -> Tensor:
+def _all_to_all_back(x: Tensor, axis: Axis, old: Split, new: Split, by: str = "") -> Tensor:
     return _all_to_all(x, axis, new, old)
 
 

@@ -21,7 +21,7 @@ from fractions import Fraction
 from sympy import Expr, Integer, Rational, Symbol, factor_terms
 
 from autotp.cost_model.closed_forms import sent_volume
-from autotp.cost_model.collectives import FREE, ROUNDS
+from autotp.cost_model.collectives import FREE, ROUNDS, rounds, wire_bytes_by
 from autotp.errors import PlanError
 from autotp.layouts import Layout, Shard, splitters
 from autotp.plan import Decision, Plan, PlannedMove
@@ -157,16 +157,22 @@ def _formula(plan: Plan, names: frozenset[str] | None, unit: str) -> tuple[Expr,
 
 
 def _collectives(symbols: _Symbols, m: PlannedMove, unit: str) -> list[tuple[str, Expr, Expr]]:
-    kinds = [kind for kind in (m.forward, m.backward) if kind not in FREE]
-    if not kinds or not m.sent:
+    ways = [way for way in ((m.forward, m.by), (m.backward, m.back_by)) if way[0] not in FREE]
+    if not ways or not m.sent:
         return []
     value = symbols.values.get(m.value)
     itemsize = Integer(ITEMSIZE[value.dtype] if value and value.dtype in ITEMSIZE else 1)
     size = _buffer(symbols, m, value) if value else None
     if size is None or symbols.value(size) * int(itemsize) != m.size_bytes:
         size = Rational(m.size_bytes, itemsize)
-    whole = size * (itemsize if unit == "bytes" else 1)
-    return [(kind, whole, symbols.axis(m.axis)) for kind in kinds]
+    ranks = symbols.plan.grid.sizes[symbols.plan.grid.axis(m.axis)]
+    out = []
+    for kind, by in ways:
+        wire = wire_bytes_by(kind, by, m.size_bytes, ranks, int(itemsize))
+        whole = size if wire == m.size_bytes else Rational(wire, itemsize)
+        rings = Rational(rounds(kind, by), ROUNDS[kind]) * (itemsize if unit == "bytes" else 1)
+        out.append((kind, whole * rings, symbols.axis(m.axis)))
+    return out
 
 
 def _buffer(symbols: _Symbols, m: PlannedMove, value: _Value) -> Expr:

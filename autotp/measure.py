@@ -51,7 +51,7 @@ PASSES = 3
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How long to measure, over buffers of which sizes; `others` times unused algorithms too.
+    """How long to measure, over buffers of which sizes.
 
     At least `rounds` rounds are made, and at most ten times as many.
     """
@@ -59,11 +59,10 @@ class Effort:
     seconds: float
     sizes: tuple[int, ...]
     rounds: int = 5
-    others: bool = False
 
 
 QUICK = Effort(2.0, (2**12, 2**17, 2**19, 2**22), rounds=3)
-THOROUGH = Effort(30.0, tuple(2**k for k in range(12, 25, 2)), rounds=7, others=True)
+THOROUGH = Effort(30.0, tuple(2**k for k in range(12, 25, 2)), rounds=7)
 
 Samples = Mapping[Hashable, Seconds]
 """The typical seconds of each job."""
@@ -114,7 +113,7 @@ def measure(effort: Effort, device: torch.device) -> Measured:
     jobs = [
         job
         for shape, axis in axes
-        for job in collective_jobs(axis, shape.members, effort.sizes, device, others=effort.others)
+        for job in collective_jobs(axis, shape.members, effort.sizes, device)
     ]
     jobs += [*compute_jobs(device, fast), *overlap_jobs(axes[-1][1], OVERLAPPED, device, ratio)]
     found = clock.repeat(jobs, effort)
@@ -216,10 +215,8 @@ def _measured(found: Samples, node: int, memory_bytes: float) -> Measured:
     products: dict[tuple[str, tuple[int, int, int]], list[Seconds]] = {}
     for key, s in found.items():
         match key:
-            case (str(kind), int(ranks), int(members), int(size), str(algorithm)):
-                collectives.append(
-                    Timing(kind, ranks, members, size, s.seconds, s.cpu_s, algorithm)
-                )
+            case (str(kind), int(ranks), int(members), int(size), str(by)):
+                collectives.append(Timing(kind, ranks, members, size, s.seconds, s.cpu_s, by))
             case (str(dtype), tuple() as shape, int(_)):
                 products.setdefault((dtype, shape), []).append(s)
             case (str(name), int(size)):

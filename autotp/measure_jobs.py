@@ -16,7 +16,6 @@ from torch.nn import functional as F
 
 from autotp.axis import DistAxis
 
-KINDS = ("all_gather", "all_reduce", "all_to_all", "permute", "reduce_scatter")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 PILOT = 128
@@ -57,9 +56,9 @@ LADDERS = {
 
 
 def collective_jobs(
-    axis: DistAxis, members: int, sizes: Sequence[int], device: torch.device, *, others: bool
+    axis: DistAxis, members: int, sizes: Sequence[int], device: torch.device
 ) -> Iterator[Job]:
-    """Yield every kind over whole buffers of `sizes` bytes; with `others`, what backends offer too.
+    """Yield every kind by every algorithm over whole buffers of `sizes` bytes.
 
     The key is (kind, ranks, members, bytes, algorithm).
     """
@@ -68,30 +67,18 @@ def collective_jobs(
         count = max(1, size // 4 // axis.size)
         wire = whole[: count * axis.size].view(axis.size, count)
         calls = max(2, min(8, 2**20 // size))
-        runs = {
-            ("all_gather", "run"): partial(axis.all_gather, wire[0]),
-            ("all_reduce", "run"): partial(axis.all_reduce, wire),
-            ("all_to_all", "run"): partial(axis.all_to_all, wire),
-            ("permute", "run"): partial(axis.permute, wire),
-            ("reduce_scatter", "run"): partial(axis.reduce_scatter, wire),
+        runs: dict[str, Callable[..., object]] = {
+            "all_gather": partial(axis.all_gather, wire[0]),
+            "all_reduce": partial(axis.all_reduce, wire),
+            "all_to_all": partial(axis.all_to_all, wire),
+            "permute": partial(axis.permute, wire),
+            "reduce_scatter": partial(axis.reduce_scatter, wire),
         }
-        if others:
-            runs["all_reduce", "scatter_gather"] = partial(_scatter_gather, axis, wire)
-            runs["reduce_scatter", "native"] = partial(_native_scatter, axis, wire)
-        for (kind, algorithm), run in runs.items():
-            yield Job((kind, axis.size, members, wire.nbytes, algorithm), run, calls)
-
-
-def _scatter_gather(axis: DistAxis, wire: Tensor) -> Tensor:
-    return axis.all_gather(axis.reduce_scatter(wire))
-
-
-def _native_scatter(axis: DistAxis, wire: Tensor) -> Tensor:
-    start = torch.ops._c10d_functional.reduce_scatter_tensor
-    out: Tensor = torch.ops._c10d_functional.wait_tensor(
-        start(wire, "sum", axis.size, axis.group_name)
-    )
-    return out
+        for kind, run in runs.items():
+            yield Job((kind, axis.size, members, wire.nbytes, ""), run, calls)
+            for by in axis.algorithms(kind):
+                named = partial(run, by=by)
+                yield Job((kind, axis.size, members, wire.nbytes, by), named, calls)
 
 
 def compute_jobs(device: torch.device, fast: Sequence[str]) -> Iterator[Job]:

@@ -79,6 +79,7 @@ class PlannedMove:
     seconds      its own, or its part of those of the call that it shares with others
     sent         bytes sent per rank, by collective, forward and backward together
     again        says that it is made once more when backward recomputes what reads it
+    by, back_by  the algorithms forward and backward, where not the backend's plain ones
     """
 
     value: str
@@ -92,6 +93,8 @@ class PlannedMove:
     seconds: float
     sent: tuple[tuple[str, Fraction], ...]
     again: bool = False
+    by: str = ""
+    back_by: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +104,7 @@ class Bucket:
     moves        their numbers in the plan
     size_bytes   of the whole buffer
     later        says that the gradients are waited for when backward ends
+    by, back_by  the algorithms forward and backward, where not the backend's plain ones
     """
 
     axis: str
@@ -110,6 +114,8 @@ class Bucket:
     size_bytes: int
     seconds: float
     later: bool
+    by: str = ""
+    back_by: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,9 @@ from autotp.grid import Grid
 from autotp.layouts import layout_text, parse_layout
 from autotp.plan import Bucket, Decision, Memory, Plan, PlannedMove, Resting
 
-VERSION = 4
+VERSION = 5
+READ = (4, VERSION)
+"""Versions that are read: before 5 every collective was the backend's plain one."""
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
@@ -82,19 +84,21 @@ def _move_data(m: PlannedMove) -> list[Any]:
     sent = [[kind, str(size)] for kind, size in m.sent]
     ends = [layout_text(m.before), layout_text(m.after)]
     kinds = [m.forward, m.backward]
-    return [m.value, m.of, m.axis, *ends, *kinds, m.size_bytes, m.seconds, sent, m.again]
+    numbers, ways = [m.size_bytes, m.seconds], [m.by, m.back_by]
+    return [m.value, m.of, m.axis, *ends, *kinds, *numbers, sent, m.again, *ways]
 
 
 def _bucket_data(b: Bucket) -> list[Any]:
-    return [b.axis, b.forward, b.backward, list(b.moves), b.size_bytes, b.seconds, b.later]
+    ways = [b.axis, b.forward, b.backward]
+    return [*ways, list(b.moves), b.size_bytes, b.seconds, b.later, b.by, b.back_by]
 
 
 def from_json(data: Mapping[str, Any]) -> Plan:
     """Return the plan that `to_json` wrote. Raises PlanError for another format or version."""
     written = (data.get("format"), data.get("version")) if isinstance(data, Mapping) else None
-    if written != ("autotp plan", VERSION):
+    if written not in [("autotp plan", version) for version in READ]:
         raise PlanError(
-            f"not a plan of version {VERSION}",
+            f"not a plan of version {READ[0]} to {VERSION}",
             at=[("file", "format {!r}, version {!r}".format(*written) if written else "no plan")],
             remedy="plan again and save",
         )
@@ -166,7 +170,7 @@ def _read_decision(d: Mapping[str, Any], axes: tuple[str, ...]) -> Decision:
 
 
 def _read_move(row: list[Any]) -> PlannedMove:
-    value, of, axis, before, after, forward, backward, size_bytes, seconds, sent, again = row
+    value, of, axis, before, after, forward, backward, size_bytes, seconds, sent, *rest = row
     return PlannedMove(
         value,
         of,
@@ -178,7 +182,7 @@ def _read_move(row: list[Any]) -> PlannedMove:
         size_bytes,
         seconds,
         tuple((kind, Fraction(size)) for kind, size in sent),
-        again,
+        *rest,
     )
 
 

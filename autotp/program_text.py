@@ -319,7 +319,9 @@ def bucket_lines(plan: Plan) -> list[str]:
         first, last = names[moves[0].value], names[moves[-1].value]
         label = f"{first} .. {last}" if len(moves) > 1 else first
         count = f"{len(moves)} parameter{'s' * (len(moves) > 1)}"
-        said = [f"backward {bucket.backward}"] if bucket.backward not in LOCAL else []
+        said = [f"{bucket.forward}{_by(bucket.by)}"] if bucket.by else []
+        if bucket.backward not in LOCAL:
+            said.append(f"backward {bucket.backward}{_by(bucket.back_by)}")
         said += ["awaited when backward ends"] if bucket.later else []
         call = f'{_call(moves[0])}("{bucket.axis}")'
         size, price = bytes_text(bucket.size_bytes), seconds_text(bucket.seconds)
@@ -345,6 +347,13 @@ def _call(m: PlannedMove) -> str:
 def _remark(moves: Sequence[PlannedMove]) -> str:
     """Say what moves send, and what their gradients need."""
     sent = sum((size for m in moves for _, size in m.sent), Fraction(0))
-    backward = dict.fromkeys(m.backward for m in moves if m.backward not in LOCAL)
+    backward = dict.fromkeys(
+        f"{m.backward}{_by(m.back_by)}" for m in moves if m.backward not in LOCAL
+    )
     said = [f"{bytes_text(float(sent))} sent"] if sent else []
+    said += dict.fromkeys(f"{m.forward}{_by(m.by)}" for m in moves if m.by)
     return ", ".join(said + ([f"backward {', '.join(backward)}"] if backward else []))
+
+
+def _by(algorithm: str) -> str:
+    return f" by {algorithm}" if algorithm else ""

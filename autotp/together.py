@@ -26,6 +26,7 @@ from autotp.collectives import (
     Parts,
     Place,
     Split,
+    Ways,
     WholeType,
     _cut,
     _fill,
@@ -64,10 +65,13 @@ def all_gather_together(
     parts: Sequence[Parts] = (),
     sizes: Sequence[int | None] = (),
     to: WholeType = "R",
+    by: str = "",
+    back_by: str = "",
 ) -> list[Tensor]:
     """S -> R (backward one reduce-scatter) or S -> I (backward slices) of each.
 
-    `parts` and `sizes` are those of `all_gather`, where any of the tensors has some.
+    `parts` and `sizes` are those of `all_gather`, where any of the tensors has some; so are the
+    algorithms.
     """
     if axis.size == 1:
         return list(xs)
@@ -78,8 +82,9 @@ def all_gather_together(
         )
     ]
     if not (torch.is_grad_enabled() and any(x.requires_grad for x in xs)):
-        return _gather(xs, axis, shards)
-    return list(_Gather.apply(axis, shards, to, _place(), *xs))  # type: ignore[no-untyped-call]
+        return _gather(xs, axis, shards, by)
+    ways = (by, back_by)
+    return list(_Gather.apply(axis, shards, to, ways, _place(), *xs))  # type: ignore[no-untyped-call]
 
 
 def await_gradients(xs: Sequence[Tensor], axis: Axis) -> list[Tensor]:
@@ -149,12 +154,13 @@ class _Gather(torch.autograd.Function):
         axis: Axis,
         shards: Sequence[Split],
         to: WholeType,
+        ways: Ways,
         place: Place,
         *xs: Tensor,
     ) -> tuple[Tensor, ...]:
-        ctx.axis, ctx.shards, ctx.to, ctx.place = axis, shards, to, place
+        ctx.axis, ctx.shards, ctx.to, ctx.ways, ctx.place = axis, shards, to, ways, place
         ctx.set_materialize_grads(False)
-        made = _gather(xs, axis, shards)
+        made = _gather(xs, axis, shards, ways[0])
         frozen = zip(made, ctx.needs_input_grad[-len(xs) :], strict=True)
         ctx.mark_non_differentiable(*(y for y, needed in frozen if not needed))
         return tuple(made)
@@ -169,10 +175,11 @@ class _Gather(torch.autograd.Function):
             back = [_slice(g, axis, *s) for g, s in zip(_given(present), shards, strict=True)]
         elif torch.is_grad_enabled():  # to be differentiated again: one by one
             pairs = zip(_given(present), shards, strict=True)
-            back = [reduce_scatter(g, axis, dim, parts) for g, (dim, parts, _) in pairs]
+            by = ctx.ways[::-1]
+            back = [reduce_scatter(g, axis, dim, parts, *by) for g, (dim, parts, _) in pairs]
         else:
-            back = _reduce_scatter(_given(present), axis, shards)
-        return None, None, None, None, *_some(present, lambda _: back)
+            back = _reduce_scatter(_given(present), axis, shards, ctx.ways[1])
+        return None, None, None, None, None, *_some(present, lambda _: back)
 
 
 def _given(grads: Gradients) -> list[Tensor]:
@@ -204,11 +211,11 @@ def _all_reduce(xs: Sequence[Tensor], axis: Axis, later: bool) -> list[Tensor]:
     return _apart(out if later else axis.landed(out), shapes)
 
 
-def _gather(xs: Sequence[Tensor], axis: Axis, shards: Sequence[Split]) -> list[Tensor]:
+def _gather(xs: Sequence[Tensor], axis: Axis, shards: Sequence[Split], by: str) -> list[Tensor]:
     filled = [
         _fill(x, dim, -(-size // axis.size)) for x, (dim, _, size) in zip(xs, shards, strict=True)
     ]
-    wire = axis.all_gather(torch.cat([x.reshape(-1) for x in filled]))
+    wire = axis.all_gather(torch.cat([x.reshape(-1) for x in filled]), by)
     wires = torch.split(wire, [x.numel() for x in filled], 1)
     return [
         _from_wire(w.reshape(axis.size, *x.shape), *shard)
@@ -216,11 +223,13 @@ def _gather(xs: Sequence[Tensor], axis: Axis, shards: Sequence[Split]) -> list[T
     ]
 
 
-def _reduce_scatter(xs: Sequence[Tensor], axis: Axis, shards: Sequence[Split]) -> list[Tensor]:
+def _reduce_scatter(
+    xs: Sequence[Tensor], axis: Axis, shards: Sequence[Split], by: str
+) -> list[Tensor]:
     wires = [
         _to_wire(x, dim, parts, axis.size) for x, (dim, parts, _) in zip(xs, shards, strict=True)
     ]
-    out = axis.reduce_scatter(torch.cat([w.reshape(axis.size, -1) for w in wires], 1))
+    out = axis.reduce_scatter(torch.cat([w.reshape(axis.size, -1) for w in wires], 1), by)
     pieces = _apart(out, [w.shape[1:] for w in wires])
     return [
         _cut(piece, dim, _local_size(size, axis))

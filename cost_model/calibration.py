@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from autotp.cost_model.cluster import Cluster, Link
-from autotp.cost_model.link_fit import Timing, fit_link
+from autotp.cost_model.link_fit import Timing, fit_link, way_of
 
 Clock = Literal["wall", "cpu"]
 
@@ -139,9 +139,9 @@ def _links(measured: Measured, clock: Clock) -> dict[str | int, Link]:
     """Return the link inside a node, that between nodes, and by members those of both."""
     points: dict[str | int, dict[tuple[str, int], list[tuple[float, float]]]] = {}
     for t in measured.collectives:
-        if t.algorithm == "run":
-            cells = points.setdefault(_place(t), {})
-            cells.setdefault((t.kind, t.ranks), []).append((t.size_bytes, _of(t, clock)))
+        cells = points.setdefault(_place(t), {})
+        cell = (way_of(t.kind, t.by), t.ranks)
+        cells.setdefault(cell, []).append((t.size_bytes, _of(t, clock)))
     return {place: fit_link(dict(cells)) for place, cells in points.items()}
 
 

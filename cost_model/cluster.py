@@ -21,13 +21,15 @@ from autotp.errors import AutotpError
 class Rate:
     """What one collective `kind` was measured to reach, where it differs from its link.
 
-    `ranks` is the size of the group it was measured on; 0 stands for any.
+    `ranks` is the size of the group it was measured on; 0 stands for any. `by` is the algorithm,
+    where it is not the one that the backend runs for the kind when none is asked for.
     """
 
     kind: str
     latency_s: float
     bandwidth_bytes_per_s: float
     ranks: int = 0
+    by: str = ""
 
     def __post_init__(self) -> None:
         assert self.latency_s >= 0 and self.bandwidth_bytes_per_s > 0, self
@@ -52,15 +54,21 @@ class Link:
     def __post_init__(self) -> None:
         assert self.latency_s >= 0 and self.bandwidth_bytes_per_s > 0, self
 
-    def rate(self, kind: str, ranks: int = 0) -> Rate:
-        """Return what `kind` reaches on this link in a group of `ranks`.
+    def rate(self, kind: str, ranks: int = 0, by: str = "") -> Rate:
+        """Return what `kind` by an algorithm reaches on this link in a group of `ranks`.
 
         Where that size was not measured, the largest below it counts, else the smallest.
         """
         own = Rate(kind, self.latency_s, self.bandwidth_bytes_per_s)
-        found = sorted((r for r in self.rates if r.kind == kind), key=lambda r: r.ranks)
+        found = sorted(
+            (r for r in self.rates if (r.kind, r.by) == (kind, by)), key=lambda r: r.ranks
+        )
         below = [r for r in found if r.ranks <= ranks]
         return (below[-1:] or found[:1] or [own])[0]
+
+    def measured(self, kind: str) -> tuple[str, ...]:
+        """Return the algorithms, beside the backend's plain one, whose rates are known."""
+        return tuple(sorted({r.by for r in self.rates if r.kind == kind and r.by}))
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,11 @@ With n ranks, a seconds of latency per step and w bytes per second sent:
 
     sent_bytes      (n-1)/n N for all_gather, reduce_scatter and all_to_all; twice that, all_reduce;
                     N for a permute, in which each rank sends all it has to one other
-    collective_s    call + steps a + sent / w, steps and sum by the backend's algorithm
-    ALGORITHMS      which algorithm a backend runs for a kind
+    collective_s    call + steps a + sent / w, steps and sum by the backend's algorithm; the least
+                    over those algorithms whose rates the link knows
+    fastest         the algorithm that this is, "" where it is the plain one
+    PLAIN           which algorithm a backend runs for a kind where none is asked for
+    OTHERS          what else a kind may be made of: `autotp.algorithms` runs these
 """
 
 from __future__ import annotations
@@ -30,8 +33,34 @@ FREE = frozenset({"none", "slice", "pad", "keep_one"})
 ROUNDS = {"all_gather": 1, "all_reduce": 2, "all_to_all": 1, "reduce_scatter": 1}
 """How often (n-1)/n of the buffer passes each rank."""
 
+OTHERS: dict[str, tuple[str, ...]] = {
+    "all_gather": ("exchange", "ring"),
+    "all_reduce": ("scatter_exchange", "scatter_gather", "scatter_ring"),
+    "reduce_scatter": ("all_reduce", "exchange"),
+}
+"""The algorithms of each kind that every backend can run, beside its plain one.
 
-def sent_bytes(kind: str, size_bytes: int, ranks: int) -> Fraction:
+    exchange          all_gather as an all-to-all of copies; reduce_scatter as an all-to-all whose
+                      blocks each rank sums itself
+    ring              all_gather as n-1 permutes, each of what came in last
+    all_reduce        reduce_scatter as the whole sum, of which each rank keeps a block
+    scatter_...       all_reduce as a reduce-scatter and an all-gather: plain, or by what is named
+"""
+
+
+def wire_bytes_by(kind: str, by: str, size_bytes: int, ranks: int, itemsize: int) -> int:
+    """Return the whole buffer of an algorithm: scattered sums are filled up to equal blocks."""
+    if kind != "all_reduce" or not by:
+        return size_bytes
+    return -(-size_bytes // (itemsize * ranks)) * itemsize * ranks
+
+
+def rounds(kind: str, by: str = "") -> int:
+    """Return how often (n-1)/n of the buffer passes each rank by an algorithm."""
+    return ROUNDS["all_reduce" if by == "all_reduce" else kind]
+
+
+def sent_bytes(kind: str, size_bytes: int, ranks: int, by: str = "") -> Fraction:
     """Return the exact bytes that each of `ranks` sends for a collective over a whole buffer.
 
     Source: Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of
@@ -44,17 +73,39 @@ def sent_bytes(kind: str, size_bytes: int, ranks: int) -> Fraction:
         return Fraction(0)
     if kind == "permute":
         return Fraction(size_bytes)
-    return Fraction(ROUNDS[kind] * size_bytes * (ranks - 1), ranks)
+    return Fraction(rounds(kind, by) * size_bytes * (ranks - 1), ranks)
 
 
 def collective_s(kind: str, size_bytes: Amount, ranks: int, link: Link, backend: str) -> Amount:
-    """Return the seconds of `kind` over buffers of `size_bytes`, by the link's faster protocol."""
+    """Return the seconds of `kind` over buffers of `size_bytes`: of the fastest known algorithm."""
+    seconds = plain_s(kind, size_bytes, ranks, link, backend)
+    for by in _known(kind, ranks, link):
+        seconds = _faster(seconds, _steps_s(kind, size_bytes, ranks, link, by))
+    return seconds
+
+
+def plain_s(kind: str, size_bytes: Amount, ranks: int, link: Link, backend: str) -> Amount:
+    """Return the seconds of what a backend runs for `kind`, by the link's faster protocol."""
     if kind in FREE or ranks == 1:
         return size_bytes * 0.0
-    seconds = ALGORITHMS[backend][kind](size_bytes, ranks, link)
+    seconds = PLAIN[backend][kind](size_bytes, ranks, link)
     if link.low_latency is None:
         return seconds
-    return _faster(seconds, ALGORITHMS[backend][kind](size_bytes, ranks, link.low_latency))
+    return _faster(seconds, PLAIN[backend][kind](size_bytes, ranks, link.low_latency))
+
+
+def fastest(kind: str, size_bytes: int, ranks: int, link: Link, backend: str) -> str:
+    """Return the algorithm that takes least, the plain one ("") among equals."""
+    known = _known(kind, ranks, link)
+    if not known:
+        return ""
+    ways = [(_steps_s(kind, float(size_bytes), ranks, link, by), by) for by in known]
+    return min([(plain_s(kind, float(size_bytes), ranks, link, backend), ""), *ways])[1]
+
+
+def _known(kind: str, ranks: int, link: Link) -> tuple[str, ...]:
+    """Return the algorithms of a kind, beside the plain one, that were measured on a link."""
+    return () if kind in FREE or ranks == 1 else link.measured(kind)
 
 
 def _faster(a: Amount, b: Amount) -> Amount:
@@ -64,9 +115,9 @@ def _faster(a: Amount, b: Amount) -> Amount:
 # Algorithms ------------------------------------------------------------------------------------
 
 
-def _steps_s(kind: str, size_bytes: Amount, ranks: int, link: Link) -> Amount:
-    """Send N/n in each of n-1 steps, ROUNDS times over."""
-    rate = link.rate(kind, ranks)
+def _steps_s(kind: str, size_bytes: Amount, ranks: int, link: Link, by: str = "") -> Amount:
+    """Send N/n in each of n-1 steps, ROUNDS times over; a measured rate holds all else."""
+    rate = link.rate(kind, ranks, by)
     step_s = size_bytes / (ranks * rate.bandwidth_bytes_per_s) + rate.latency_s
     return step_s * (ROUNDS[kind] * (ranks - 1)) + link.call_s
 
@@ -140,7 +191,7 @@ RINGS: dict[str, Algorithm] = {
     "reduce_scatter": ring_reduce_scatter,
 }
 
-ALGORITHMS: dict[str, dict[str, Algorithm]] = {
+PLAIN: dict[str, dict[str, Algorithm]] = {
     "gloo": {**RINGS, "reduce_scatter": all_to_all_reduce_scatter},
     "nccl": RINGS,
     "ring": RINGS,

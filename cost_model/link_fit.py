@@ -9,6 +9,7 @@ no more than any other timing, under what holds of every real link and noise may
     all_reduce <= reduce_scatter + all_gather    no chain of moves is cheaper than the one move
     reduce_scatter, all_gather <= all_reduce     that it replaces: TRIANGLES
     all_to_all of N/n <= all_gather, reduce_scatter of N
+    an algorithm made of others <= these         so that the same holds of the fastest of each kind
 
 The inequalities are linear in a and b and hold for each of them alone, so they hold at every N.
 Where timings contradict them, the fit moves both sides as little as it can.
@@ -34,18 +35,37 @@ TRIANGLES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("all_gather", ("all_reduce",)),
     ("all_to_all", ("all_gather",)),
     ("all_to_all", ("reduce_scatter",)),
+    ("all_to_all", ("all_gather by exchange",)),
+    ("all_to_all", ("all_gather by ring",)),
+    ("all_reduce", ("reduce_scatter by all_reduce",)),
+    ("all_to_all", ("reduce_scatter by all_reduce",)),
+    ("all_to_all", ("reduce_scatter by exchange",)),
+    ("all_reduce by scatter_gather", ("reduce_scatter", "all_gather")),
+    ("all_reduce by scatter_exchange", ("reduce_scatter", "all_gather by exchange")),
+    ("all_reduce by scatter_ring", ("reduce_scatter", "all_gather by ring")),
+    ("reduce_scatter", ("all_reduce by scatter_gather",)),
+    ("reduce_scatter", ("all_reduce by scatter_exchange",)),
+    ("reduce_scatter", ("all_reduce by scatter_ring",)),
+    ("all_gather", ("all_reduce by scatter_gather",)),
+    ("all_gather by exchange", ("all_reduce by scatter_exchange",)),
+    ("all_gather by ring", ("all_reduce by scatter_ring",)),
 )
-"""A kind, and the chain that does the same work: slices and zeros around it cost nothing here.
+"""A way, and the chain that does the same work: slices and zeros around it cost nothing here.
 
 Over one axis these imply every triangle of `autotp.layouts.MOVES`, forward and backward together.
 """
+
+
+def way_of(kind: str, by: str = "") -> str:
+    """Write a kind and its algorithm as one way: `all_gather by ring`, `all_gather`."""
+    return f"{kind} by {by}" if by else kind
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
     """The typical seconds of one collective over whole buffers of `size_bytes`, on two clocks.
 
-    `members` of its `ranks` are in each node. `algorithm` is "run" for the one that programs call.
+    `members` of its `ranks` are in each node. `by` is the algorithm, none for the plain one.
     """
 
     kind: str
@@ -54,7 +74,7 @@ class Timing:
     size_bytes: int
     seconds: float
     cpu_s: float
-    algorithm: str = "run"
+    by: str = ""
 
     def __post_init__(self) -> None:
         assert self.ranks >= 2 and self.seconds > 0 and self.cpu_s >= 0, self
@@ -71,18 +91,22 @@ Term = tuple[int, float]
 
 
 def fit_link(points: dict[tuple[str, int], Points]) -> Link:
-    """Return the link that fits the points of each kind and group size best."""
+    """Return the link that fits the points of each way and group size best."""
     lines = fit_lines(points)
-    rates = tuple(_rate(kind, n, *line) for (kind, n), line in sorted(lines.items()))
+    rates = tuple(_rate(way, n, *line) for (way, n), line in sorted(lines.items()))
     usual = next((r for r in rates if r.kind == "all_gather"), rates[0])
     return Link(usual.latency_s, usual.bandwidth_bytes_per_s, rates=rates)
 
 
-def _rate(kind: str, ranks: int, a: float, b: float) -> Rate:
-    """Return seconds per step and bytes per second: `autotp.cost_model.collectives` reads them."""
+def _rate(way: str, ranks: int, a: float, b: float) -> Rate:
+    """Return seconds per step and bytes per second: `autotp.cost_model.collectives` reads them.
+
+    Every algorithm is given the steps and the bytes of its kind's plain one.
+    """
+    kind, _, by = way.partition(" by ")
     steps, share = (1, 1.0) if kind == "permute" else (ranks - 1, 1 / ranks)
     steps *= ROUNDS.get(kind, 1)
-    return Rate(kind, a / steps, steps * share / b, ranks)
+    return Rate(kind, a / steps, steps * share / b, ranks, by)
 
 
 def fit_lines(points: dict[tuple[str, int], Points]) -> dict[tuple[str, int], Line]:

@@ -24,6 +24,7 @@ from autotp.cost_model.collectives import FREE
 from autotp.layouts import Layout
 from autotp.passes.moves import Moves, may_share
 from autotp.passes.network import Network
+from autotp.passes.schedule import sent_of
 from autotp.plan import Bucket, PlannedMove
 
 Key = tuple[str, str, str, torch.dtype, int]
@@ -68,8 +69,7 @@ def coalesce(
                 buckets.append(_bucket(moves, members[::-1], planned, later))
     for bucket in buckets:
         for n in bucket.moves:
-            share = moves[n].size_bytes / bucket.size_bytes if bucket.size_bytes else 0.0
-            out[n] = replace(moves[n], seconds=bucket.seconds * share)
+            out[n] = _in_bucket(moves[n], bucket, network, planned)
     searched_s = sum(_share_s(moves[n], planned) if sharing else moves[n].seconds for n in before)
     beyond_s = sum(out[n].seconds for n in before) - searched_s
     buckets.sort(key=lambda b: b.moves)
@@ -118,7 +118,8 @@ def _calls_s(m: PlannedMove, size: int, count: int, planned: Moves) -> float:
     """Return the seconds of `count` moves like `m` of together `size` bytes, both ways."""
     axis = planned.grid.axis(m.axis)
     sending = [k for k in (m.forward, m.backward) if k not in FREE]
-    calls = sum(planned.kind_s(k, size, axis) for k in (m.forward, m.backward))
+    price = planned.plain_s if _is_started(m) else planned.kind_s
+    calls = sum(price(k, size, axis) for k in (m.forward, m.backward))
     copies = len(sending) * planned.kind_s("pad", size, axis) if count > 1 else 0.0
     return calls + copies
 
@@ -128,8 +129,24 @@ def _bucket(
 ) -> Bucket:
     first, size = moves[members[0]], sum(moves[n].size_bytes for n in members)
     seconds = _calls_s(first, size, len(members), planned)
-    ways = first.axis, first.forward, first.backward
-    return Bucket(*ways, tuple(members), size, seconds, later)
+    ways, axis = (first.forward, first.backward), planned.grid.axis(first.axis)
+    by = ["" if _is_started(first) else planned.algorithm(k, size, axis) for k in ways]
+    return Bucket(first.axis, *ways, tuple(members), size, seconds, later, *by)
+
+
+def _is_started(m: PlannedMove) -> bool:
+    """Say whether a shared move starts sums for others to wait for: by the plain algorithm."""
+    return m.forward == "none"
+
+
+def _in_bucket(m: PlannedMove, bucket: Bucket, network: Network, planned: Moves) -> PlannedMove:
+    """Return a move with its share of its bucket's seconds, and what it sends by its algorithms."""
+    share = m.size_bytes / bucket.size_bytes if bucket.size_bytes else 0.0
+    ranks = planned.grid.sizes[planned.grid.axis(m.axis)]
+    runs = [(m.forward, bucket.by)] * (1 + m.again) + [(m.backward, bucket.back_by)]
+    sent = sent_of(runs, m.size_bytes, ranks, network.values[m.value].dtype.itemsize)
+    seconds = bucket.seconds * share
+    return replace(m, seconds=seconds, sent=sent, by=bucket.by, back_by=bucket.back_by)
 
 
 def _share_s(m: PlannedMove, planned: Moves) -> float:

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from typing import TypeVar
 
 import numpy as np
 import torch
 
-from autotp.cost_model.cluster import Cluster
-from autotp.cost_model.collectives import FREE, collective_s, sent_bytes
+from autotp.cost_model.cluster import Cluster, Link
+from autotp.cost_model.collectives import FREE, collective_s, fastest, plain_s
 from autotp.cost_model.compute import op_s
 from autotp.grid import Grid
 from autotp.layouts import (
@@ -54,10 +53,6 @@ class Step:
     forward: str
     backward: str
     size_bytes: int
-
-    def sent_by(self, kind: str, ranks: int) -> Fraction:
-        """Return the bytes that a rank sends for one of the two collectives."""
-        return sent_bytes(kind, self.size_bytes, ranks)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -105,6 +100,9 @@ class MoveTable:
         cheapest = costs <= costs.min() * (1 + TIE)
         return end if cheapest[end] else int(np.argmax(cheapest))
 
+
+Seconds = Callable[[str, int, int, Link, str], float]
+"""What a collective takes: its kind, size, ranks, link and backend."""
 
 Turn = tuple[int, AxisType, AxisType]
 """An axis, its type before and after."""
@@ -228,13 +226,22 @@ class Moves:
         return np.array(prices)[which]
 
     def kind_s(self, kind: str, size_bytes: int, axis: int) -> float:
-        """Return the seconds of one collective, or of a local copy, over one axis."""
+        """Return the seconds of one collective by its fastest algorithm, or of a local copy."""
         if kind == "none":
             return 0.0
         key = (kind, size_bytes, axis)
         if key not in self._prices:
-            self._prices[key] = self._price(kind, size_bytes, axis)
+            self._prices[key] = self._price(kind, size_bytes, axis, collective_s)
         return self._prices[key]
+
+    def plain_s(self, kind: str, size_bytes: int, axis: int) -> float:
+        """Return the seconds of one collective as the backend runs it, or of a local copy."""
+        return 0.0 if kind == "none" else self._price(kind, size_bytes, axis, plain_s)
+
+    def algorithm(self, kind: str, size_bytes: int, axis: int) -> str:
+        """Return the algorithm that `kind_s` is the price of, "" for the plain one."""
+        link, ranks = self.cluster.link(self.grid.sizes, axis), self.grid.sizes[axis]
+        return fastest(kind, size_bytes, ranks, link, self.cluster.backend)
 
     def share_s(self, kind: str, size_bytes: int, axis: int) -> float:
         """Return the seconds of one collective that others may share: its part of a full one.
@@ -258,12 +265,11 @@ class Moves:
         saves_bytes = FULL * latency_s / per_byte_s if per_byte_s else LARGE_BYTES
         return int(min(saves_bytes, LARGE_BYTES, self.shared_bytes))
 
-    def _price(self, kind: str, size_bytes: int, axis: int) -> float:
+    def _price(self, kind: str, size_bytes: int, axis: int, seconds: Seconds) -> float:
         if kind in FREE:
             return float(op_s(0, 2 * size_bytes, torch.float32, self.cluster))
         link = self.cluster.link(self.grid.sizes, axis)
-        ranks = self.grid.sizes[axis]
-        return float(collective_s(kind, size_bytes, ranks, link, self.cluster.backend))
+        return float(seconds(kind, size_bytes, self.grid.sizes[axis], link, self.cluster.backend))
 
     def path(
         self, table: MoveTable, before: Layout, after: Layout, shape: Shape, dtype: torch.dtype

@@ -146,7 +146,7 @@ def _sending(op: Op, strategies: Strategies, training: bool, moves: Moves) -> np
             s = strategies[n]
             inside = internal_traffic(op, split, s.operands, s.results, moves.grid, training)
             out[n] = sum(
-                times * moves.kind_s(kind, size, axis) for axis, kind, size, times in inside
+                times * moves.plain_s(kind, size, axis) for axis, kind, size, times in inside
             )
     return out
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+from autotp.cost_model.collectives import sent_bytes, wire_bytes_by
 from autotp.grid import Grid
 from autotp.layouts import Layout
 from autotp.passes.moves import Moves, MoveTable, Step
@@ -120,12 +121,9 @@ def _planned(
 ) -> PlannedMove:
     grid: Grid = moves.grid
     before, after = ends
-    kinds = [step.forward] * (1 + again) + ([step.backward] if value.grad else [])
-    sent: dict[str, Fraction] = {}
-    for kind in kinds:
-        size = step.sent_by(kind, grid.sizes[step.axis])
-        if size:
-            sent[kind] = sent.get(kind, Fraction(0)) + size
+    backward = step.backward if value.grad else "none"
+    ways = [moves.algorithm(k, step.size_bytes, step.axis) for k in (step.forward, backward)]
+    runs = [(step.forward, ways[0])] * (1 + again) + [(backward, ways[1])]
     return PlannedMove(
         value=value.name,
         of=of,
@@ -133,9 +131,23 @@ def _planned(
         before=before,
         after=after,
         forward=step.forward,
-        backward=step.backward if value.grad else "none",
+        backward=backward,
         size_bytes=step.size_bytes,
-        seconds=sum(moves.kind_s(kind, step.size_bytes, step.axis) for kind in kinds),
-        sent=tuple(sent.items()),
+        seconds=sum(moves.kind_s(kind, step.size_bytes, step.axis) for kind, _ in runs),
+        sent=sent_of(runs, step.size_bytes, grid.sizes[step.axis], value.dtype.itemsize),
         again=again,
+        by=ways[0],
+        back_by=ways[1],
     )
+
+
+def sent_of(
+    runs: Sequence[tuple[str, str]], size_bytes: int, ranks: int, itemsize: int
+) -> tuple[tuple[str, Fraction], ...]:
+    """Return what collectives over one buffer send, each by its algorithm, summed by kind."""
+    sent: dict[str, Fraction] = {}
+    for kind, by in runs:
+        wire = wire_bytes_by(kind, by, size_bytes, ranks, itemsize)
+        if size := sent_bytes(kind, wire, ranks, by):
+            sent[kind] = sent.get(kind, Fraction(0)) + size
+    return tuple(sent.items())

@@ -22,6 +22,7 @@ PLANS = {
     "report",
 }
 RUNTIME = {
+    "algorithms",
     "axis",
     "collectives",
     "liveness",

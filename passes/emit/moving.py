@@ -47,6 +47,7 @@ def _emit_move(e: Emitter, move: PlannedMove, source: fx.Node) -> fx.Node:
     args = move_args(move, e.network.values[move.value].shape, e.grid, e.coords)
     target = TARGETS[kind(before), kind(after)]
     kwargs = {k: e.sizes.write(v) for k, v in args.items() if v not in ((), None)}
+    kwargs |= {k: way for k, way in (("by", move.by), ("back_by", move.back_by)) if way}
     return e.graph.create_node(
         "call_function",
         target,

@@ -43,6 +43,7 @@ def shared_call(
         if any(a[one] != none for a in arguments):
             kwargs[many] = [a[one] for a in arguments]
     kwargs["to"] = arguments[0]["to"]
+    kwargs |= {k: way for k, way in (("by", bucket.by), ("back_by", bucket.back_by)) if way}
     return graph.create_node(
         "call_function",
         all_gather_together,

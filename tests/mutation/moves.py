@@ -54,8 +54,8 @@ def others(kernel):
 def move_mutant(name, pair, wrong):
     move = collectives._move
 
-    def damaged_move(x, kernel, dual, where):
-        return move(x, *(wrong if (kernel, dual) == pair else (kernel, dual)), where)
+    def damaged_move(x, kernel, dual, where, ways=("", "")):
+        return move(x, *(wrong if (kernel, dual) == pair else (kernel, dual)), where, ways)
 
     plant = lambda: mock.patch.object(collectives, "_move", damaged_move)  # noqa: E731
     return Mutant("move", name, plant, random_plans_fail)

@@ -1,0 +1,98 @@
+"""Algorithms: what a collective may be made of where its plain one is not the fastest.
+
+    gather      all_gather       exchange: an all-to-all of copies; ring: n-1 permutes
+    scatter     reduce_scatter   exchange: an all-to-all and a local sum; all_reduce: of all, a part
+    reduce      all_reduce       scatter_gather, scatter_exchange, scatter_ring: a reduce-scatter,
+                                 and an all-gather, plain or by what is named
+
+They are written over the raw collectives of an axis (`autotp.axis`), which counts what is sent and
+by which algorithm. Every rank gets the same bits of a sum: it is made once, or on all in one order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+
+class Raw(Protocol):
+    """The raw collectives of an axis, as its backend runs them."""
+
+    size: int
+    index: int
+
+    def _all_gather(self, x: Tensor) -> Tensor: ...
+
+    def _reduce_scatter(self, wire: Tensor) -> Tensor: ...
+
+    def _all_reduce(self, x: Tensor, op: str) -> Tensor: ...
+
+    def _all_to_all(self, x: Tensor, send: list[int], receive: list[int]) -> Tensor: ...
+
+
+def gather(axis: Raw, x: Tensor, by: str = "") -> Tensor:
+    """Return the wire of every rank's `x`."""
+    return GATHER[by](axis, x) if by else axis._all_gather(x)
+
+
+def scatter(axis: Raw, wire: Tensor, by: str = "") -> Tensor:
+    """Return the sum over ranks of the block that is addressed to this one."""
+    return SCATTER[by](axis, wire) if by else axis._reduce_scatter(wire)
+
+
+def reduce(axis: Raw, x: Tensor, by: str = "") -> Tensor:
+    """Return the sum over ranks of `x`."""
+    if not by:
+        return axis._all_reduce(x, "sum")
+    count = x.numel()
+    wire = pad(x.reshape(-1), (0, -count % axis.size)).reshape(axis.size, -1)
+    whole = gather(axis, axis._reduce_scatter(wire), REDUCE[by])
+    return whole.reshape(-1)[:count].reshape(x.shape)
+
+
+def permuted(axis: Raw, x: Tensor, by: int) -> Tensor:
+    """Send `x` to the rank that is `by` further on, round the end; return what came in.
+
+    An all-to-all in which all but one message are empty.
+    """
+    send, receive = [0] * axis.size, [0] * axis.size
+    send[(axis.index + by) % axis.size] = receive[(axis.index - by) % axis.size] = x.numel()
+    return axis._all_to_all(x.reshape(-1), send, receive).reshape(x.shape)
+
+
+def _gather_by_exchange(axis: Raw, x: Tensor) -> Tensor:
+    ones = [1] * axis.size
+    return axis._all_to_all(x.expand(axis.size, *x.shape).contiguous(), ones, ones)
+
+
+def _gather_by_ring(axis: Raw, x: Tensor) -> Tensor:
+    blocks = [x]
+    for _ in range(axis.size - 1):
+        blocks.append(permuted(axis, blocks[-1], 1))
+    return torch.stack([blocks[(axis.index - i) % axis.size] for i in range(axis.size)])
+
+
+def scatter_by_exchange(axis: Raw, wire: Tensor) -> Tensor:
+    """Exchange blocks and sum those that arrive: gloo's own sends twice the bytes."""
+    ones = [1] * axis.size
+    return axis._all_to_all(wire, ones, ones).sum(0, dtype=wire.dtype)
+
+
+def _scatter_by_all_reduce(axis: Raw, wire: Tensor) -> Tensor:
+    return axis._all_reduce(wire, "sum")[axis.index].clone()
+
+
+GATHER: dict[str, Callable[[Raw, Tensor], Tensor]] = {
+    "exchange": _gather_by_exchange,
+    "ring": _gather_by_ring,
+}
+SCATTER: dict[str, Callable[[Raw, Tensor], Tensor]] = {
+    "all_reduce": _scatter_by_all_reduce,
+    "exchange": scatter_by_exchange,
+}
+REDUCE = {"scatter_exchange": "exchange", "scatter_gather": "", "scatter_ring": "ring"}
+"""By which algorithm the sums are gathered."""
