@@ -1,6 +1,7 @@
 """Random legal plans: every op, copy and parameter takes a choice at random among those that meet.
 
-The optimum visits few of the strategies and moves that the compiler may emit; these visit them all.
+So does every collective among its algorithms. The optimum visits few of the strategies and moves
+that the compiler may emit; these visit them all.
 """
 
 import random
@@ -9,6 +10,7 @@ from unittest import mock
 import numpy as np
 
 from autotp.cost_model.cluster import bandwidth_bound
+from autotp.cost_model.collectives import OTHERS
 from autotp.passes import strategies
 from autotp.passes.moves import Moves
 from autotp.passes.planning import read_plan
@@ -18,7 +20,15 @@ from autotp.passes.strategies import build_model
 TRIES = 100
 
 
-class DetourMoves(Moves):
+class AnyAlgorithm(Moves):
+    """Moves whose collectives take any algorithm, the same for the same move."""
+
+    def algorithm(self, kind, size_bytes, axis):
+        rng = random.Random(f"{kind} {size_bytes} {axis}")
+        return rng.choice(("", *OTHERS.get(kind, ())))
+
+
+class DetourMoves(AnyAlgorithm):
     """Moves whose prices are arbitrary, so that the ways between layouts are as well."""
 
     def _edge_s(self, layout, axis, after, *_):
@@ -31,7 +41,7 @@ class Plans:
     def __init__(self, subject, grid, *, detours=False):
         self.subject, self.grid = subject, grid
         self.cluster = bandwidth_bound(1e9, latency_s=1e-6, flops_per_s=1e9)  # small buckets
-        with mock.patch.object(strategies, "Moves", DetourMoves if detours else Moves):
+        with mock.patch.object(strategies, "Moves", DetourMoves if detours else AnyAlgorithm):
             self.model = build_model(
                 subject.network, subject.factors, grid, self.cluster, subject.program.params
             )

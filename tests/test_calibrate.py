@@ -15,6 +15,7 @@ from autotp.calibration_file import Calibration, Identity, cache_path, load, sav
 from autotp.cli import main
 from autotp.cost_model.calibration import fit
 from autotp.cost_model.cluster import dgx_h100
+from autotp.cost_model.collectives import OTHERS
 from autotp.errors import CalibrationError
 from autotp.launch import launch
 from autotp.measure import Effort, ranks_per_node, shapes_of
@@ -72,6 +73,9 @@ def test_what_is_measured_is_kept_in_place_of_a_spoilt_file_and_usable(by_rank):
     cluster = first.cluster
     assert again == first and planned_for == cluster.name == "measured_gloo"
     assert cluster.ranks_per_node == 4 and {r.ranks for r in cluster.intra.rates} == {2, 4}
+    for kind, algorithms in OTHERS.items():
+        plain = "exchange" if kind == "reduce_scatter" else ""
+        assert cluster.intra.measured(kind) == tuple(by for by in algorithms if by != plain)
     assert 1e6 < cluster.memory_bandwidth_bytes_per_s < 1e13
     assert 1e7 < cluster.matmul_flops_per_s("float32") < 1e14
     assert 1e-8 < cluster.op_overhead_s < 1e-1 and cluster.memory_bytes > 1e8

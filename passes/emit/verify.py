@@ -14,7 +14,7 @@ from torch import fx
 from autotp.cost_model.collectives import OTHERS
 from autotp.errors import LayoutError
 from autotp.grid import Grid
-from autotp.layouts import MOVES, Layout, is_valid, kind, layout_text, may_change
+from autotp.layouts import MOVES, Layout, Move, is_valid, kind, layout_text, may_change
 from autotp.passes.choices import AxisChoice, Typing, axis_choices
 from autotp.passes.emit.move_calls import TARGETS
 from autotp.passes.emit.together_calls import SHARED, is_shared, source_of
@@ -89,13 +89,15 @@ def _move_problems(node: fx.Node, network: Network, grid: Grid) -> list[tuple[st
         return [(node.name, f"{text} is not what {call.target.__name__} does")]
     if call.args[1].name != grid.names[axis]:
         return [(node.name, f"{text} is a move of axis {grid.names[axis]}")]
-    move = MOVES[kind(before[axis]), kind(after[axis])]
+    return _algorithm_problems(node, call, MOVES[kind(before[axis]), kind(after[axis])])
+
+
+def _algorithm_problems(node: fx.Node, call: fx.Node, move: Move) -> list[tuple[str, str]]:
+    """Hold that a collective, and that of its gradient, have the algorithms that are named."""
+    named = (move.forward, call.kwargs.get("by")), (move.backward, call.kwargs.get("back_by"))
     return [
-        (node.name, f"no rank can make {what} by {by!r}")
-        for what, by in (
-            (move.forward, call.kwargs.get("by")),
-            (move.backward, call.kwargs.get("back_by")),
-        )
+        (node.name, f"{what} cannot be made by {by!r}")
+        for what, by in named
         if by is not None and by not in OTHERS.get(what, ())
     ]
 

@@ -3,12 +3,20 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from autotp.cost_model.cluster import Link, bandwidth_bound, dgx_h100, gloo_loopback
-from autotp.cost_model.collectives import ALGORITHMS, FREE, ROUNDS, collective_s, sent_bytes
+from autotp.cost_model.cluster import Link, Rate, bandwidth_bound, dgx_h100, gloo_loopback
+from autotp.cost_model.collectives import (
+    FREE,
+    PLAIN,
+    ROUNDS,
+    collective_s,
+    fastest,
+    sent_bytes,
+    wire_bytes_by,
+)
 from autotp.layouts import MOVES
 
 KINDS = sorted([*ROUNDS, "permute"])
-CASES = [(backend, kind) for backend in ALGORITHMS for kind in KINDS]
+CASES = [(backend, kind) for backend in PLAIN for kind in KINDS]
 
 
 def test_every_move_of_the_layouts_has_a_price():
@@ -23,6 +31,29 @@ def test_sent_bytes_are_exact_ring_counts():
     assert sent_bytes("permute", 16, 4) == 16
     assert sent_bytes("keep_one", 16, 4) == 0 == sent_bytes("all_reduce", 16, 1)
     assert sent_bytes("permute", 16, 1) == 0
+
+
+def test_an_algorithm_sends_what_it_is_made_of():
+    assert sent_bytes("reduce_scatter", 16, 4, "all_reduce") == 24
+    assert sent_bytes("reduce_scatter", 16, 4, "exchange") == 12
+    assert sent_bytes("all_gather", 16, 4, "ring") == 12
+    assert sent_bytes("all_reduce", 24, 3, "scatter_gather") == 32
+    assert wire_bytes_by("all_reduce", "scatter_ring", 20, 3, 4) == 24  # five floats, filled to six
+    assert wire_bytes_by("all_reduce", "", 20, 3, 4) == 20
+
+
+def test_the_fastest_of_the_measured_algorithms_is_the_price_at_every_size():
+    rates = (Rate("all_gather", 1e-3, 1e9), Rate("all_gather", 1e-5, 1e8, by="ring"))
+    link = Link(1e-3, 1e9, rates=rates)
+    sizes = np.array([1e3, 1e5, 1e6, 1e7])
+    chosen = [fastest("all_gather", int(x), 4, link, "gloo") for x in sizes]
+    assert chosen == ["ring", "ring", "", ""]
+    seconds = collective_s("all_gather", sizes, 4, link, "gloo")
+    by = {"": (1e-3, 1e9), "ring": (1e-5, 1e8)}
+    expected = [3 * (by[c][0] + x / 4 / by[c][1]) for x, c in zip(sizes, chosen, strict=True)]
+    assert seconds == pytest.approx(expected)
+    assert fastest("all_gather", 1, 4, Link(1e-3, 1e9), "gloo") == ""
+    assert fastest("slice", 1, 4, link, "gloo") == "" == fastest("all_gather", 1, 1, link, "gloo")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 
 from autotp.cost_model.calibration import typical
 from autotp.cost_model.cluster import Cluster
-from autotp.cost_model.collectives import collective_s
+from autotp.cost_model.collectives import collective_s, plain_s
 from autotp.cost_model.link_fit import TRIANGLES, fit_lines, fit_link
 from autotp.grid import as_grid
 from autotp.layouts import I, P, R, Shard, move_of
 from autotp.passes.moves import Moves
 
 KINDS = ("all_gather", "all_reduce", "all_to_all", "permute", "reduce_scatter")
+WAYS = sorted({*KINDS, *(w for way, chain in TRIANGLES for w in (way, *chain))})
 SIZES = [2.0**k for k in range(12, 25, 2)]
 
 
@@ -69,8 +70,8 @@ def wild(seed, groups=(2, 4, 8)):
     """Timings that contradict each other: each cell has a line of its own."""
     rng = random.Random(seed)
     lines = {
-        (kind, n): (10 ** rng.uniform(-6, -2), 10 ** rng.uniform(-11, -8))
-        for kind in KINDS
+        (way, n): (10 ** rng.uniform(-6, -2), 10 ** rng.uniform(-11, -8))
+        for way in WAYS
         for n in groups
     }
     return timings(lines, rng, noise=0.5, outliers=0.2, repeats=3)
@@ -129,6 +130,15 @@ def test_rates_read_back_as_the_lines_they_are():
     for (kind, n), (a, b) in lines.items():
         for x in SIZES:
             assert collective_s(kind, x, n, link, "gloo") == pytest.approx(a + b * x)
+
+
+def test_an_algorithm_reads_back_as_the_line_it_is():
+    lines = {("all_gather", 4): (3e-3, 3e-9), ("all_gather by exchange", 4): (1e-3, 1e-9)}
+    link = fit_link({cell: [(x, a + b * x) for x in SIZES] for cell, (a, b) in lines.items()})
+    assert link.measured("all_gather") == ("exchange",) and not link.measured("all_reduce")
+    for x in SIZES:
+        assert plain_s("all_gather", x, 4, link, "gloo") == pytest.approx(3e-3 + 3e-9 * x)
+        assert collective_s("all_gather", x, 4, link, "gloo") == pytest.approx(1e-3 + 1e-9 * x)
 
 
 def test_a_group_size_between_those_measured_takes_the_smaller_one():

@@ -24,7 +24,7 @@ from autotp.collectives import (
     replicate_to_invariant,
     slice_to_shard,
 )
-from autotp.cost_model.collectives import sent_bytes
+from autotp.cost_model.collectives import OTHERS, sent_bytes
 from autotp.errors import RuntimeStateError
 from autotp.grid import Grid
 from autotp.layouts import MOVES, I, P, R, Shard, is_valid, kind, move_of
@@ -237,6 +237,11 @@ def run_cases(axes):
         y = apply_move(x, axes[name], before, after, shape)
         (y * torch.arange(y.numel()).reshape(y.shape)).abs().sum().backward()
         out += [y.detach(), x.grad]
+    for axis in axes.values():
+        x = torch.randn(5, 3, generator=torch.Generator().manual_seed(here[0] + 2 * here[1]))
+        for what, algorithms in OTHERS.items():
+            wire = x[:4].reshape(2, 6) if what == "reduce_scatter" else x
+            out += [getattr(axis, what)(wire, by=by) for by in algorithms]
     out.append(axes["row"].permute(torch.arange(5.0) + here[0]))
     source, target = torch.tensor([0, 3, 3, 1, 0, 2, 0]), torch.tensor([1, 3, 1, 0, 1, 0, 1])
     rows = torch.arange(14.0).reshape(7, 2)[source == 2 * here[0] + here[1]].requires_grad_()

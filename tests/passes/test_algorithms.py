@@ -1,0 +1,91 @@
+"""Algorithms of collectives in a plan: which are chosen, what is printed, saved and checked."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+import autotp
+from autotp import schemes
+from autotp.axis import run_ranks
+from autotp.check import compare, prepare
+from autotp.cost_model.cluster import Rate, bandwidth_bound
+from autotp.errors import LayoutError
+from autotp.passes.emit.codegen import emit
+from autotp.passes.emit.verify import verify
+from autotp.plan import Plan
+from autotp.plan_file import from_json, to_json
+from tests.models import build
+
+GRID = (2, 2)
+
+
+def cluster(**by):
+    """A link on which one algorithm of each kind is twice as fast as the plain one."""
+    plain = bandwidth_bound(1e9, latency_s=1e-5, flops_per_s=1e9)
+    rates = tuple(Rate(kind, 5e-6, 2e9, by=how) for kind, how in by.items())
+    link = replace(plain.intra, rates=rates)
+    return replace(plain, intra=link, inter=link)
+
+
+def planned(scheme, grid=GRID, **by):
+    model, inputs = build("nanogpt", double=True)
+    pins = scheme(model.train(), grid, inputs)
+    subject = prepare(model, (), inputs)
+    return autotp.plan(model, grid, inputs, cluster=cluster(**by), pins=pins), subject
+
+
+WAYS = [
+    dict(all_gather="ring", all_reduce="scatter_gather", reduce_scatter="exchange"),
+    dict(all_gather="exchange", all_reduce="scatter_exchange", reduce_scatter="all_reduce"),
+    dict(all_reduce="scatter_ring"),
+]
+
+
+@pytest.mark.parametrize("scheme", [schemes.megatron_sp, schemes.fsdp, schemes.summa])
+@pytest.mark.parametrize("by", WAYS, ids=str)
+def test_what_is_faster_is_planned_sent_and_equal_to_one_device(scheme, by):
+    plan, subject = planned(scheme, **by)
+    started = {n for b in plan.buckets if b.forward == "none" for n in b.moves}
+    for n, m in enumerate(plan.moves):
+        ways = [(m.forward, m.by), (m.backward, m.back_by)]
+        for kind, found in ways:
+            size = plan.grid.sizes[plan.grid.axis(m.axis)]
+            assert found == ("" if n in started or size == 1 else by.get(kind, ""))
+    for kind, how in by.items():
+        if any(kind in (m.forward, m.backward) for m in plan.moves if m.by or m.back_by):
+            assert f"{kind} by {how}" in str(plan)
+    report = compare(subject, plan)
+    assert report.ok, report
+    assert sent_by_ranks(subject, plan)[0] == {k: n for k, n in plan.sent().items() if n}
+    assert plan.formula_total("bytes").subs(plan.formula_sizes()) == plan.comm_bytes
+
+
+def test_a_plan_without_measured_algorithms_names_none():
+    plan, _ = planned(schemes.fsdp)
+    assert not any(m.by or m.back_by for m in plan.moves) and " by " not in str(plan)
+
+
+def test_plans_keep_algorithms_and_those_of_the_version_before_are_read(tmp_path):
+    plan, _ = planned(schemes.fsdp, **WAYS[1])
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+    data = json.loads(json.dumps(to_json(planned(schemes.fsdp)[0])))
+    data["version"] = 4
+    data["moves"] = [row[:11] for row in data["moves"]]
+    data["buckets"] = [row[:7] for row in data["buckets"]]
+    assert from_json(data) == planned(schemes.fsdp)[0]
+
+
+def test_an_algorithm_that_a_collective_lacks_is_refused():
+    plan, subject = planned(schemes.megatron_sp, **WAYS[0])
+
+    def one(rank, axes):
+        coords = plan.grid.coords(rank)
+        module = emit(subject.program, subject.network, plan, coords, axes)
+        node = next(n for n in module.graph.nodes if n.kwargs.get("by") == "ring")
+        node.kwargs = {**node.kwargs, "by": "scatter_ring"}
+        verify(module, subject.network, subject.factors, plan.grid)
+
+    with pytest.raises(LayoutError, match="all_gather cannot be made by 'scatter_ring'"):
+        run_ranks(plan.grid, one)
