@@ -207,6 +207,10 @@ def table(calibration: Calibration) -> str:
         lines.append(f"products of {dtype:<9} {rate / 1e9:9.1f} GFLOP/s{told}")
     lines.append(f"memory                {c.memory_bandwidth_bytes_per_s / 1e9:9.1f} GB/s")
     lines.append(f"functions             {c.function_bytes_per_s / 1e9:9.1f} GB/s")
+    rate = c.update_bytes_per_s / 1e9
+    lines.append(
+        f"AdamW                 {rate:9.2f} GB/s  and {c.update_s * 1e6:.0f} us a parameter"
+    )
     lines.append(f"one op                {c.op_overhead_s * 1e6:9.1f} us")
     lines.append(f"hidden beside products {c.overlap:8.0%}")
     return "\n".join(lines)

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from autotp.axis import DistAxis
 from autotp.cost_model.calibration import (
@@ -28,6 +29,7 @@ from autotp.cost_model.calibration import (
     ProductTiming,
     Seconds,
     StreamTiming,
+    UpdateTiming,
     typical,
 )
 from autotp.cost_model.compute import matmul_flops
@@ -42,6 +44,7 @@ from autotp.measure_jobs import (
     compute_jobs,
     overlap_jobs,
     product_jobs,
+    update_jobs,
 )
 from autotp.ranks import from_rank_0, gathered
 
@@ -115,7 +118,8 @@ def measure(effort: Effort, device: torch.device) -> Measured:
         for shape, axis in axes
         for job in collective_jobs(axis, shape.members, effort.sizes, device)
     ]
-    jobs += [*compute_jobs(device, fast), *overlap_jobs(axes[-1][1], OVERLAPPED, device, ratio)]
+    jobs += [*compute_jobs(device, fast), *update_jobs(init_device_mesh(device.type, (world,)))]
+    jobs += overlap_jobs(axes[-1][1], OVERLAPPED, device, ratio)
     found = clock.repeat(jobs, effort)
     for _, axis in axes:
         _leave(axis)
@@ -148,12 +152,17 @@ def _leave(axis: DistAxis) -> None:
 
 
 def _pilot(clock: _Rounds, axis: DistAxis, device: torch.device) -> tuple[list[str], int]:
-    """Return the dtypes that are fast here, and how many products take as long as a collective."""
+    """Return the dtypes that are fast here, and how many products take as long as a collective.
+
+    On CPUs the CPU clock tells the dtypes: other work must not make one look emulated.
+    """
     jobs = [job for dtype in DTYPES for job in product_jobs(dtype, (PILOT,) * 3, device)]
     jobs += overlap_jobs(axis, OVERLAPPED, device, 1)
     found = clock.repeat(jobs, Effort(0.0, (), rounds=2))
     flops = matmul_flops(PILOT, PILOT, PILOT)
-    fast = [d for d in DTYPES if flops / found[d, (PILOT,) * 3, 0].seconds > SLOW_FLOPS_PER_S]
+    tried = {d: found[d, (PILOT,) * 3, 0] for d in DTYPES}
+    taken = {d: s.cpu_s if device.type == "cpu" else s.seconds for d, s in tried.items()}
+    fast = [d for d in DTYPES if flops > SLOW_FLOPS_PER_S * taken[d]]
     alone = [found["overlap", what].seconds for what in ("collective", "product")]
     ratio = min(MOST_PRODUCTS, max(1, round(alone[0] / alone[1])))
     agreed: tuple[list[str], int] = from_rank_0((fast, ratio))
@@ -211,7 +220,7 @@ def _typical(everyone: Sequence[Sequence[Sequence[Seconds]]], job: int) -> Secon
 
 def _measured(found: Samples, node: int, memory_bytes: float) -> Measured:
     """Sort the samples of all jobs by what they are of."""
-    collectives, streams = [], []
+    collectives, streams, updates = [], [], []
     products: dict[tuple[str, tuple[int, int, int]], list[Seconds]] = {}
     for key, s in found.items():
         match key:
@@ -219,6 +228,8 @@ def _measured(found: Samples, node: int, memory_bytes: float) -> Measured:
                 collectives.append(Timing(kind, ranks, members, size, s.seconds, s.cpu_s, by))
             case (str(dtype), tuple() as shape, int(_)):
                 products.setdefault((dtype, shape), []).append(s)
+            case (str(), int(count), int(size)):
+                updates.append(UpdateTiming(count, size, s.seconds, s.cpu_s))
             case (str(name), int(size)):
                 streams.append(StreamTiming(name, size, s.seconds, s.cpu_s))
     overhead, calls = found["overhead"], CHAIN * PASSES
@@ -233,6 +244,7 @@ def _measured(found: Samples, node: int, memory_bytes: float) -> Measured:
         op_overhead=Seconds(overhead.seconds / calls, overhead.cpu_s / calls),
         overlap=Overlap(alone.seconds, beside.seconds, both.seconds),
         memory_bytes=memory_bytes,
+        updates=tuple(updates),
     )
 
 

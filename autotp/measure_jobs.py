@@ -1,4 +1,4 @@
-"""What is timed to calibrate: collectives along an axis, products, streams, tiny ops, overlap.
+"""What is timed to calibrate: collectives, products, streams, updates, tiny ops, overlap.
 
 A Job is a call to repeat and the name under which its seconds are found again. All ranks make the
 same jobs in the same order.
@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
 from autotp.axis import DistAxis
+from autotp.layouts import I
+from autotp.placements import as_dtensor, as_parameter
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -29,6 +32,10 @@ Source: two cores of an AMD EPYC, one thread: float16 1 to 4, float32 90 GFLOP/s
 
 CHAIN = 32
 """Tiny ops in a row, so that their backward's start does not count."""
+
+
+SMALL_UPDATES = 16
+"""Parameters in one step of the optimizer, so that its start does not count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +126,24 @@ def _stream_jobs(size_bytes: int, device: torch.device) -> Iterator[Job]:
     yield Job(("add", 3 * x.nbytes), partial(torch.add, x, y))
     # Backward of a function is priced as two more passes over what forward reads and writes.
     yield Job(("gelu", 6 * x.nbytes), partial(_function, z, y))
+
+
+def update_jobs(mesh: DeviceMesh) -> Iterator[Job]:
+    """Yield steps of AdamW on small parameters and on a large one, as `parallelize` makes them.
+
+    The key is ("update", parameters, bytes of each).
+    """
+    for count, size_bytes in ((SMALL_UPDATES, 32), (1, LADDERS[mesh.device_type].stream_bytes)):
+        parameters = [_updated(size_bytes // 4, mesh) for _ in range(count)]
+        yield Job(("update", count, size_bytes), torch.optim.AdamW(parameters).step)
+
+
+def _updated(elements: int, mesh: DeviceMesh) -> nn.Parameter:
+    """Return a parameter with its gradient."""
+    x = torch.ones(elements, device=mesh.device_type)
+    parameter = as_parameter(x, (I,), x.shape, mesh, trained=True)
+    parameter.grad = as_dtensor(x.clone(), (I,), x.shape, mesh)
+    return parameter
 
 
 def _function(x: Tensor, grad: Tensor) -> None:

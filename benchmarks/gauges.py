@@ -22,7 +22,7 @@ Step = Callable[[], float]
 
 @dataclass(frozen=True, slots=True)
 class Spent:
-    """CPU-seconds summed over ranks, wall seconds of the slowest, bytes that all ranks sent."""
+    """CPU-seconds summed over ranks, wall seconds of the slowest, bytes sent per rank."""
 
     cpu_s: float
     wall_s: float
@@ -41,7 +41,8 @@ def spend(step: Step) -> Spent:
     slowest = torch.tensor([wall], dtype=torch.float64)
     dist.all_reduce(total)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
-    return Spent(float(total[0]), float(slowest), float(total[1]) / dist.get_world_size())
+    per_rank = float(total[1]) / dist.get_world_size() ** 2  # each rank has seen what all sent
+    return Spent(float(total[0]), float(slowest), per_rank)
 
 
 def resident_bytes() -> float:

@@ -1,7 +1,7 @@
 """From what was measured on a machine to a `Cluster`: pure functions of timings.
 
 typical     one number from repeats on a noisy machine
-Measured    the timings of a machine: collectives, products, streams, overhead, overlap
+Measured    the timings of a machine: collectives, products, streams, updates, overhead, overlap
 fit         Measured -> Cluster, on the wall clock or in CPU-seconds
 
 Measuring is not done here: `autotp.measure` runs on a process group.
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from autotp.cost_model.cluster import Cluster, Link
-from autotp.cost_model.link_fit import Timing, fit_link, way_of
+from autotp.cost_model.link_fit import FASTEST_BYTES_PER_S, Timing, fit_link, way_of
 
 Clock = Literal["wall", "cpu"]
 
@@ -49,6 +49,16 @@ class StreamTiming:
     """The seconds in which one op reads and writes `size_bytes` in all: "copy", "add", "gelu"."""
 
     name: str
+    size_bytes: int
+    seconds: float
+    cpu_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateTiming:
+    """The seconds in which the optimizer updates so many parameters of `size_bytes` each."""
+
+    parameters: int
     size_bytes: int
     seconds: float
     cpu_s: float
@@ -90,6 +100,7 @@ class Measured:
     op_overhead: Seconds
     overlap: Overlap | None
     memory_bytes: float
+    updates: tuple[UpdateTiming, ...] = ()
 
 
 def typical(repeats: Sequence[float]) -> float:
@@ -114,6 +125,7 @@ def fit(measured: Measured, name: str, clock: Clock = "wall") -> Cluster:
     links = _links(measured, clock)
     inside = links.get("inside") or links["between"]
     ladders = _ladders(measured.products, clock)
+    each_s, update_rate = _updates(measured.updates, clock)
     return Cluster(
         name=name,
         backend=measured.backend,
@@ -128,10 +140,12 @@ def fit(measured: Measured, name: str, clock: Clock = "wall") -> Cluster:
         narrow_flops_per_s=tuple(pair for pair in ladders if len(pair[1]) > 1),
         function_bytes_per_s=_stream_rate(measured.streams, ("gelu",), clock),
         overlap=measured.overlap.share if measured.overlap else 0.0,
+        update_s=each_s,
+        update_bytes_per_s=update_rate,
     )
 
 
-def _of(timing: Timing | StreamTiming | Seconds, clock: Clock) -> float:
+def _of(timing: Timing | StreamTiming | UpdateTiming | Seconds, clock: Clock) -> float:
     return timing.seconds if clock == "wall" else timing.cpu_s
 
 
@@ -187,3 +201,16 @@ def _both(p: ProductTiming, clock: Clock) -> tuple[float, float, float]:
 def _stream_rate(streams: Sequence[StreamTiming], names: Sequence[str], clock: Clock) -> float:
     mine = [s for s in streams if s.name in names]
     return sum(s.size_bytes for s in mine) / sum(_of(s, clock) for s in mine)
+
+
+def _updates(updates: Sequence[UpdateTiming], clock: Clock) -> tuple[float, float]:
+    """Return the seconds per parameter and the bytes per second: the line through two sizes.
+
+    Zeros where no updates were timed.
+    """
+    if not updates:
+        return 0.0, 0.0
+    small, large = sorted(updates, key=lambda t: t.size_bytes)
+    each = [_of(t, clock) / t.parameters for t in (small, large)]
+    slope = max(0.0, each[1] - each[0]) / (large.size_bytes - small.size_bytes)
+    return max(0.0, each[0] - slope * small.size_bytes), 1 / max(slope, 1 / FASTEST_BYTES_PER_S)

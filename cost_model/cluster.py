@@ -84,6 +84,9 @@ class Cluster:
                            fast as memory
     overlap                share of the shorter of a collective and a product that is hidden
                            where both run at once
+    update_s, update_bytes_per_s
+                           what AdamW takes for each parameter, and how fast it passes over the
+                           parameter's own bytes; 0: as fast as memory allows
     """
 
     name: str
@@ -99,6 +102,8 @@ class Cluster:
     narrow_flops_per_s: tuple[tuple[str, tuple[tuple[int, float], ...]], ...] = ()
     function_bytes_per_s: float = 0.0
     overlap: float = 0.0
+    update_s: float = 0.0
+    update_bytes_per_s: float = 0.0
 
     def __post_init__(self) -> None:
         assert self.ranks_per_node >= 1 and self.flops_per_s, self

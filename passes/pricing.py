@@ -15,6 +15,7 @@ import numpy as np
 
 from autotp.cost_model.compute import op_s
 from autotp.cost_model.memory import ADAMW_STATES
+from autotp.cost_model.optimizer import update_s
 from autotp.grid import Grid
 from autotp.passes.choices import Strategies, Typing, ranks_by_axes
 from autotp.passes.moves import Column, Moves
@@ -27,9 +28,6 @@ PASSES = 3
 
 STATE_COPIES = 2 + ADAMW_STATES
 """A trained parameter, its gradient and the optimizer's states."""
-
-UPDATE_TRAFFIC = 2 * ADAMW_STATES + 3
-"""Passes over a parameter's bytes in one AdamW step: reads p, g and states, writes p and states."""
 
 RESULT = -1
 """Stands for an op's first result among the positions of what backward keeps."""
@@ -223,10 +221,9 @@ def price_rest(value: Value, layouts: Column, is_saved: bool, moves: Moves) -> T
     Where backward needs it, its own bytes are charged there: at rest they count only once more.
     """
     held = np.array([moves.local_bytes(value.shape, value.dtype, c) for c in layouts], dtype=float)
-    traffic = UPDATE_TRAFFIC * held if value.grad else 0 * held
-    seconds = [float(op_s(0, int(t), value.dtype, moves.cluster)) for t in traffic]
+    seconds = update_s(held, value.dtype, moves.cluster) if value.grad else 0 * held
     states = (STATE_COPIES if value.grad else 1) - is_saved
-    return Table((), (), (layouts,), np.array(seconds), states * held)
+    return Table((), (), (layouts,), seconds, states * held)
 
 
 def price_copy(value: Value, layouts: Column, is_saved: bool, moves: Moves) -> Table:

@@ -79,6 +79,7 @@ def test_what_is_measured_is_kept_in_place_of_a_spoilt_file_and_usable(by_rank):
     assert 1e6 < cluster.memory_bandwidth_bytes_per_s < 1e13
     assert 1e7 < cluster.matmul_flops_per_s("float32") < 1e14
     assert 1e-8 < cluster.op_overhead_s < 1e-1 and cluster.memory_bytes > 1e8
+    assert 1e-6 < cluster.update_s < 1e-1 and cluster.update_bytes_per_s > 1e6
 
 
 def test_what_was_measured_is_known_without_ranks(by_rank):

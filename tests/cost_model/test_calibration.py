@@ -1,6 +1,7 @@
 """From timings to a cluster: every figure is found where it belongs, on either clock."""
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -12,11 +13,14 @@ from autotp.cost_model.calibration import (
     ProductTiming,
     Seconds,
     StreamTiming,
+    UpdateTiming,
     fit,
     typical,
 )
+from autotp.cost_model.cluster import gloo_loopback
 from autotp.cost_model.compute import op_s
 from autotp.cost_model.link_fit import Timing
+from autotp.cost_model.optimizer import UPDATE_TRAFFIC, update_s
 
 KINDS = ("all_gather", "all_reduce", "all_to_all", "permute", "reduce_scatter")
 
@@ -66,6 +70,22 @@ def test_every_figure_on_either_clock():
     assert wall.pointwise_bytes_per_s == pytest.approx(3e9)
     assert (wall.op_overhead_s, cpu.op_overhead_s) == (4e-6, 3e-6)
     assert cpu.matmul_flops_per_s("float32") == pytest.approx(1e11)
+
+
+def test_updates_take_so_much_a_parameter_and_for_each_byte():
+    small, large = 16 * 3e-4, 3e-4 + 1e-3
+    timed = UpdateTiming(16, 32, small, small / 2), UpdateTiming(1, 4 * 10**6, large, large / 2)
+    wall, cpu = (fit(replace(measured(), updates=timed), "here", c) for c in ("wall", "cpu"))
+    for size_bytes in (32, 4 * 10**6):
+        expected = 3e-4 + size_bytes / 4e9
+        assert update_s(size_bytes, "float32", wall) == pytest.approx(expected, rel=1e-3)
+        assert update_s(size_bytes, "float32", cpu) == pytest.approx(expected / 2, rel=1e-3)
+
+
+def test_updates_that_were_not_measured_are_traffic():
+    cluster = gloo_loopback()
+    traffic = op_s(0, UPDATE_TRAFFIC * 10**6, "float32", cluster)
+    assert update_s(10**6, "float32", cluster) == traffic
 
 
 def test_each_class_of_link_has_its_own_rates():
