@@ -158,14 +158,13 @@ def peak(rank: RankProgram) -> tuple[int, int]:
     On a GPU as its allocator counts them, else by the tensors that live between operators.
     """
     counter, live = FlopCounterMode(display=False), LiveBytes()
+    gpu = rank.device.type == "cuda"
     rank.forget_gradients()
-    if rank.device.type != "cuda":
-        with live, counter:
-            rank.step()
-        return rank.at_rest + live.peak, counter.get_total_flops()
-    torch.cuda.reset_peak_memory_stats(rank.device)
-    rank.step()
-    peak_bytes = torch.cuda.max_memory_allocated(rank.device) - rank.base_bytes
-    with counter:
+    if gpu:
+        torch.cuda.reset_peak_memory_stats(rank.device)
+    with nullcontext() if gpu else live:
         rank.step()
-    return peak_bytes, counter.get_total_flops()
+    held = torch.cuda.max_memory_allocated(rank.device) - rank.base_bytes if gpu else live.peak
+    with counter:  # by itself: it keeps gradients
+        rank.step()
+    return held if gpu else rank.at_rest + held, counter.get_total_flops()
