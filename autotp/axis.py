@@ -21,13 +21,15 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from autotp.algorithms import gather, permuted, reduce, scatter, scatter_by_exchange
-from autotp.cost_model.collectives import OTHERS, sent_bytes, wire_bytes_by
+from autotp.algorithms import gather, permuted, reduce, scatter
+from autotp.cost_model.collectives import OTHERS, is_one_call, sent_bytes, wire_bytes_by
 from autotp.errors import RuntimeStateError
 from autotp.grid import Coords, Grid
 from autotp.liveness import last_node, lost
 
 Result = TypeVar("Result")
+Finish = Callable[[], Tensor]
+"""Waits for the end of what was begun, and returns its result."""
 
 
 class Axis(ABC):
@@ -96,14 +98,13 @@ class Axis(ABC):
             return self._all_reduce(x.contiguous(), op)
         return reduce(self, x.contiguous(), by)
 
-    def start_all_reduce(self, buffer: Tensor) -> Tensor:
-        """Start to sum every rank's `buffer`, and use it up; `landed` returns the sum."""
-        self._count("all_reduce", buffer)
-        return self._start_all_reduce(buffer)
+    def begin(self, kind: str, x: Tensor, by: str = "") -> Finish:
+        """Begin an all_gather, a reduce_scatter or an all_reduce of `x`, and use it up.
 
-    def landed(self, x: Tensor) -> Tensor:
-        """Return `x`, or what it is a view of, once what was started on it is done."""
-        return x
+        Return what waits for the end and returns the result.
+        """
+        out: Tensor = getattr(self, kind)(x, by=by)
+        return lambda: out
 
     def all_to_all(
         self,
@@ -143,9 +144,6 @@ class Axis(ABC):
     @abstractmethod
     def _all_to_all(self, x: Tensor, send: list[int], receive: list[int]) -> Tensor: ...
 
-    def _start_all_reduce(self, buffer: Tensor) -> Tensor:
-        return self._all_reduce(buffer, "sum")
-
 
 # Real ranks ------------------------------------------------------------------------------------
 
@@ -167,12 +165,10 @@ class DistAxis(Axis):
         return tuple(by for by in super().algorithms(kind) if by != plain)
 
     def _all_gather(self, x: Tensor) -> Tensor:
-        return self._call("all_gather_into_tensor", x.unsqueeze(0), self.size)
+        return self._call(*self._started("all_gather", x))
 
     def _reduce_scatter(self, wire: Tensor) -> Tensor:
-        if self._sum_locally:
-            return scatter_by_exchange(self, wire)
-        return self._call("reduce_scatter_tensor", wire, "sum", self.size).squeeze(0)
+        return self._ended("reduce_scatter", self._call(*self._started("reduce_scatter", wire)))
 
     def _all_reduce(self, x: Tensor, op: str) -> Tensor:
         return self._call("all_reduce", x, op)
@@ -180,16 +176,37 @@ class DistAxis(Axis):
     def _all_to_all(self, x: Tensor, send: list[int], receive: list[int]) -> Tensor:
         return self._call("all_to_all_single", x, receive, send)
 
-    def _start_all_reduce(self, buffer: Tensor) -> Tensor:
-        if buffer.is_complex() or torch.compiler.is_compiling():
-            return self._all_reduce(buffer, "sum")
-        return self._or_lost("all_reduce", lambda: _start(buffer, self.group_name))
+    def begin(self, kind: str, x: Tensor, by: str = "") -> Finish:
+        """Begin a collective and return what waits for its end; raises LostRankError, both do.
 
-    def landed(self, x: Tensor) -> Tensor:
-        """Return `x` once what was started on its memory is done; raises LostRankError."""
-        if torch.compiler.is_compiling():
-            return x
-        return self._or_lost("all_reduce", lambda: _wait(x))
+        One that is made of several calls runs at once.
+        """
+        if x.is_complex() or torch.compiler.is_compiling() or not is_one_call(kind, by):
+            return super().begin(kind, x, by)
+        self._count(kind, x, x.nbytes * self.size if kind == "all_gather" else None, by)
+        op, given, *rest = self._started(kind, x.contiguous(), by)
+        start = getattr(_FUNCTIONAL, op + "_" * (kind == "all_reduce"))  # that one in place
+        out = self._or_lost(op, lambda: start(given, *rest, self.group_name))
+        return lambda: self._ended(kind, self._or_lost(op, lambda: _wait(out)), by)
+
+    def _started(self, kind: str, x: Tensor, by: str = "") -> tuple[Any, ...]:
+        """Return torch's op of a kind and its arguments."""
+        ones = [1] * self.size
+        if kind == "all_gather" and by:
+            return "all_to_all_single", x.expand(self.size, *x.shape).contiguous(), ones, ones
+        if kind == "all_gather":
+            return "all_gather_into_tensor", x.unsqueeze(0), self.size
+        if kind == "all_reduce":
+            return "all_reduce", x, "sum"
+        if self._sum_locally or by:  # gloo's own sends twice the bytes
+            return "all_to_all_single", x, ones, ones
+        return "reduce_scatter_tensor", x, "sum", self.size
+
+    def _ended(self, kind: str, out: Tensor, by: str = "") -> Tensor:
+        """Return the result of a kind from what torch's op returned."""
+        if kind != "reduce_scatter":
+            return out
+        return out.sum(0, dtype=out.dtype) if self._sum_locally or by else out.squeeze(0)
 
     def _call(self, op: str, x: Tensor, *arguments: Any) -> Tensor:
         """Return what a collective returns, complex numbers sent as pairs.
@@ -210,12 +227,6 @@ class DistAxis(Axis):
         except RuntimeError as error:
             node = last_node(sys._getframe())
             raise lost(f"{op} on axis {self.name!r}", node, error) from error
-
-
-def _start(buffer: Tensor, group_name: str) -> Tensor:
-    """Start an all-reduce in place; torch keeps the work by the buffer's storage, for `_wait`."""
-    started: Tensor = _FUNCTIONAL.all_reduce_(buffer, "sum", group_name)
-    return started
 
 
 def _wait(pending: Tensor) -> Tensor:

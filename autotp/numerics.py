@@ -24,7 +24,7 @@ from autotp.grid import Grid
 from autotp.layouts import layout_text
 from autotp.passes.program import Program
 from autotp.ranks import gathered
-from autotp.together import await_gradients
+from autotp.together import begin_gather, begin_replicate
 
 
 class Runnable(Protocol):
@@ -74,7 +74,10 @@ class _Watcher(fx.Interpreter):
     def run_node(self, node: fx.Node) -> Any:
         """Run one node and look at what it makes."""
         out = super().run_node(node)
-        if node.target is await_gradients:  # what comes to it may still be on its way
+        if node.target in (
+            begin_gather,
+            begin_replicate,
+        ):  # what comes to it may still be on its way
             return out
         for value in pytree.tree_leaves(out):
             if isinstance(value, Tensor) and value.is_floating_point():

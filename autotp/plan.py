@@ -97,13 +97,21 @@ class PlannedMove:
     back_by: str = ""
 
 
+AT_ONCE, WHERE_MADE = "", "*"
+"""Where a bucket begins that begins before no op."""
+
+
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """Moves of parameters that one call makes, by one collective each way over one buffer.
+    """Moves that one call makes, by one collective each way over one buffer.
+
+    Those of several tensors are of parameters.
 
     moves        their numbers in the plan
     size_bytes   of the whole buffer
-    later        says that the gradients are waited for when backward ends
+    begins       the op before which it begins, AT_ONCE where it also ends, or WHERE_MADE: where its
+                   tensors are made, parameters before all ops. Gradients are awaited there.
+    hidden_s     the part of its seconds in which the ops from there to its end run
     by, back_by  the algorithms forward and backward, where not the backend's plain ones
     """
 
@@ -113,9 +121,10 @@ class Bucket:
     moves: tuple[int, ...]
     size_bytes: int
     seconds: float
-    later: bool
+    begins: str
     by: str = ""
     back_by: str = ""
+    hidden_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +181,7 @@ class Plan:
     notes      dims that one would expect to be split and that an axis does not divide
     outputs    the layout in which each output is returned before it is handed to the user
     dynamic    the dims that may vary, and what sizes of them the plan can split
-    buckets    the moves of parameters that share their collectives
+    buckets    the moves that share their collectives, or begin early
     alternatives   plans again with one op made to choose otherwise; a loaded plan has none
     """
 

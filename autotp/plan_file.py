@@ -15,8 +15,6 @@ from autotp.layouts import layout_text, parse_layout
 from autotp.plan import Bucket, Decision, Memory, Plan, PlannedMove, Resting
 
 VERSION = 5
-READ = (4, VERSION)
-"""Versions that are read: before 5 every collective was the backend's plain one."""
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
@@ -90,15 +88,16 @@ def _move_data(m: PlannedMove) -> list[Any]:
 
 def _bucket_data(b: Bucket) -> list[Any]:
     ways = [b.axis, b.forward, b.backward]
-    return [*ways, list(b.moves), b.size_bytes, b.seconds, b.later, b.by, b.back_by]
+    how = [b.begins, b.by, b.back_by, b.hidden_s]
+    return [*ways, list(b.moves), b.size_bytes, b.seconds, *how]
 
 
 def from_json(data: Mapping[str, Any]) -> Plan:
     """Return the plan that `to_json` wrote. Raises PlanError for another format or version."""
     written = (data.get("format"), data.get("version")) if isinstance(data, Mapping) else None
-    if written not in [("autotp plan", version) for version in READ]:
+    if written != ("autotp plan", VERSION):
         raise PlanError(
-            f"not a plan of version {READ[0]} to {VERSION}",
+            f"not a plan of version {VERSION}",
             at=[("file", "format {!r}, version {!r}".format(*written) if written else "no plan")],
             remedy="plan again and save",
         )

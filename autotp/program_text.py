@@ -22,7 +22,7 @@ from autotp.notation import (
     seconds_text,
     type_text,
 )
-from autotp.plan import Decision, Plan, PlannedMove
+from autotp.plan import WHERE_MADE, Decision, Plan, PlannedMove
 from autotp.repeats import Placed, Section, place_moves, sections
 
 WIDEST = (30, 34, 48, 14, 8)
@@ -36,6 +36,9 @@ FOLDED = 3
 
 AGAIN = "again in backward"
 """The mark of an op that lies in a checkpoint region."""
+
+BESIDE = " beside the weights' gradients"
+"""The mark of a move whose collective in backward runs while products make these."""
 
 LOCAL = frozenset({"none", "slice", "pad", "keep_one"})
 
@@ -72,6 +75,7 @@ class _Page:
     sizes     of plain dims
     inputs    the values that each layer reads from the layer before
     unique    last words of names that say enough in this section
+    early     the moves that begin early
     """
 
     plan: Plan
@@ -82,6 +86,7 @@ class _Page:
     section: Section
     inputs: frozenset[str]
     unique: frozenset[str]
+    early: frozenset[PlannedMove] = frozenset()
 
     def short(self, name: str) -> str:
         return name.removeprefix(self.section.prefix)
@@ -114,10 +119,11 @@ def program_lines(plan: Plan) -> list[str]:
     made = {v: (d, k) for d in plan.decisions for k, v in enumerate(d.makes)}
     params = {r.value: name for name, r in plan.params.items()}
     sizes = plain_sizes(plan.decisions)
+    early = frozenset(plan.moves[n] for b in plan.buckets if b.begins for n in b.moves)
     out: list[str] = []
     for section in sections(plan, placed):
         inputs, unique = _inputs(section), _unique_words(section)
-        page = _Page(plan, placed, made, params, sizes, section, inputs, unique)
+        page = _Page(plan, placed, made, params, sizes, section, inputs, unique, early)
         out += ["", *_section_head(page)]
         out += _aligned([row for run in _runs(page) for row in _rows(page, run)])
     left = placed.get("", ())
@@ -306,23 +312,29 @@ def _move_row(page: _Page, m: PlannedMove) -> Row:
         f"{_call(m)}({arguments})",
         _change(m),
         seconds_text(m.seconds),
-        _remark([m]),
+        _remark([m]) + (BESIDE if m in page.early else ""),
     )
 
 
 def bucket_lines(plan: Plan) -> list[str]:
-    """Return a line for each call that several parameters, or one whose gradient waits, share."""
+    """Return a line for each call of parameters that several share, or that begins early."""
     names = {r.value: name for name, r in plan.params.items()}
     rows = []
     for bucket in plan.buckets:
         moves = [plan.moves[n] for n in bucket.moves]
+        if moves[0].value not in names:
+            continue
         first, last = names[moves[0].value], names[moves[-1].value]
         label = f"{first} .. {last}" if len(moves) > 1 else first
         count = f"{len(moves)} parameter{'s' * (len(moves) > 1)}"
         said = [f"{bucket.forward}{_by(bucket.by)}"] if bucket.by else []
         if bucket.backward not in LOCAL:
             said.append(f"backward {bucket.backward}{_by(bucket.back_by)}")
-        said += ["awaited when backward ends"] if bucket.later else []
+        early = f"begins before {bucket.begins}"
+        if bucket.begins == WHERE_MADE:
+            early = "awaited when backward ends"
+        said += [early] if bucket.begins else []
+        said += [f"{seconds_text(bucket.hidden_s)} hidden"] if bucket.hidden_s else []
         call = f'{_call(moves[0])}("{bucket.axis}")'
         size, price = bytes_text(bucket.size_bytes), seconds_text(bucket.seconds)
         rows.append(Row(label, f"{count}, {size}", call, _change(moves[0]), price, ", ".join(said)))

@@ -23,8 +23,9 @@ from autotp.repeats import Section, place_moves, sections
 
 def plan_text(plan: Plan) -> str:
     """Return the plan as text: the program, the parameters at rest, the totals of one step."""
-    shared = ["", "parameters moved together, one call each", *bucket_lines(plan)]
-    body = [*program_lines(plan), *(shared if plan.buckets else []), "", *_parameter_lines(plan)]
+    calls = bucket_lines(plan)
+    shared = ["", "parameters moved together, one call each", *calls] if calls else []
+    body = [*program_lines(plan), *shared, "", *_parameter_lines(plan)]
     parts = [_head(plan), *body, "", *_totals(plan)]
     return "\n".join(line.rstrip() for line in parts)
 
@@ -77,6 +78,7 @@ def _totals(plan: Plan) -> list[str]:
         ("time", _time_text(plan)),
         ("sent", _sent_text(plan)),
         ("layer", _layer_text(plan)),
+        ("hidden", _hidden_text(plan)),
         ("memory", memory_text(plan.memory)),
         ("split", str(plan.coverage()) if plan.grid.world_size > 1 else ""),
         ("again", _again_text(plan)),
@@ -93,6 +95,15 @@ def _time_text(plan: Plan) -> str:
     search = f" in {seconds_text(plan.search_s)}" if plan.search_s else ""
     found = f", found by {plan.method}{search}" if plan.method else ""
     return f"{seconds_text(plan.step_time_s)} predicted, {bound} ({gap}){found}"
+
+
+def _hidden_text(plan: Plan) -> str:
+    """Say how much of the collectives' time other ops run beside."""
+    hidden = sum(b.hidden_s for b in plan.buckets)
+    moving = sum(m.seconds for m in plan.moves)
+    if not hidden:
+        return ""
+    return f"{seconds_text(hidden)} of the moves' {seconds_text(moving)}, beside other ops"
 
 
 def _sent_text(plan: Plan) -> str:

@@ -48,6 +48,11 @@ OTHERS: dict[str, tuple[str, ...]] = {
 """
 
 
+def is_one_call(kind: str, by: str) -> bool:
+    """Say whether an algorithm of a kind is one call of the backend, and so can be on its way."""
+    return not by or (by == "exchange" and kind in ("all_gather", "reduce_scatter"))
+
+
 def wire_bytes_by(kind: str, by: str, size_bytes: int, ranks: int, itemsize: int) -> int:
     """Return the whole buffer of an algorithm: scattered sums are filled up to equal blocks."""
     if kind != "all_reduce" or not by:

@@ -8,9 +8,9 @@ time: the latency of a call, against the copy into a buffer. A bucket ends where
 small beside its bytes (`Moves.full_bytes`). What is summed of parameters as they rest need not be
 waited for before backward ends.
 
-Which moves share is not known while the search runs. It takes each for a call of its own, and is
-then asked once more with each at its share of a full call (`Moves.share_s`): less than any bucket
-takes for it, so that the cost it finds is a lower bound of every plan with its buckets.
+Which moves share, and what they run beside, is not known while the search runs. It takes each for a
+call of its own, and is then asked once more with each at the least that it may take
+(`Moves.best_s`), so that the cost it finds is a lower bound of every plan.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from autotp.layouts import Layout
 from autotp.passes.moves import Moves, may_share
 from autotp.passes.network import Network
 from autotp.passes.schedule import sent_of
-from autotp.plan import Bucket, PlannedMove
+from autotp.plan import AT_ONCE, WHERE_MADE, Bucket, PlannedMove
 
 Key = tuple[str, str, str, torch.dtype, int]
 """What moves of one bucket have in common; the last is how many moves come before them."""
@@ -45,11 +45,11 @@ def coalesce(
     rest: Mapping[str, Layout],
     network: Network,
     planned: Moves,
-    sharing: bool,
+    at_best: bool,
 ) -> Coalesced:
     """Put the moves of parameters, which rest as `rest` says, into buckets.
 
-    `sharing` says that the search priced them at their share.
+    `at_best` says that the search priced moves at the least that they may take.
     """
     groups: dict[Key, list[int]] = {}
     before = _numbers_before(moves, rest)
@@ -64,14 +64,14 @@ def coalesce(
     out, buckets = list(moves), list[Bucket]()
     for key, numbers in groups.items():
         for members in _filled(moves, numbers, planned):
-            later = key[-1] == 0 and key[1] == "none"
-            if later or len(members) > 1:
-                buckets.append(_bucket(moves, members[::-1], planned, later))
+            begins = WHERE_MADE if key[-1] == 0 and key[1] == "none" else AT_ONCE
+            if begins or len(members) > 1:
+                buckets.append(_bucket(moves, members[::-1], planned, begins))
     for bucket in buckets:
         for n in bucket.moves:
             out[n] = _in_bucket(moves[n], bucket, network, planned)
-    searched_s = sum(_share_s(moves[n], planned) if sharing else moves[n].seconds for n in before)
-    beyond_s = sum(out[n].seconds for n in before) - searched_s
+    searched = [_best_s(m, planned, rest) if at_best else m.seconds for m in moves]
+    beyond_s = sum(m.seconds - s for m, s in zip(out, searched, strict=True))
     buckets.sort(key=lambda b: b.moves)
     return Coalesced(tuple(out), tuple(buckets), beyond_s)
 
@@ -125,13 +125,13 @@ def _calls_s(m: PlannedMove, size: int, count: int, planned: Moves) -> float:
 
 
 def _bucket(
-    moves: Sequence[PlannedMove], members: Sequence[int], planned: Moves, later: bool
+    moves: Sequence[PlannedMove], members: Sequence[int], planned: Moves, begins: str
 ) -> Bucket:
     first, size = moves[members[0]], sum(moves[n].size_bytes for n in members)
     seconds = _calls_s(first, size, len(members), planned)
     ways, axis = (first.forward, first.backward), planned.grid.axis(first.axis)
-    by = ["" if _is_started(first) else planned.algorithm(k, size, axis) for k in ways]
-    return Bucket(first.axis, *ways, tuple(members), size, seconds, later, *by)
+    by, back_by = ("" if _is_started(first) else planned.algorithm(k, size, axis) for k in ways)
+    return Bucket(first.axis, *ways, tuple(members), size, seconds, begins, by, back_by)
 
 
 def _is_started(m: PlannedMove) -> bool:
@@ -149,9 +149,8 @@ def _in_bucket(m: PlannedMove, bucket: Bucket, network: Network, planned: Moves)
     return replace(m, seconds=seconds, sent=sent, by=bucket.by, back_by=bucket.back_by)
 
 
-def _share_s(m: PlannedMove, planned: Moves) -> float:
-    """Return what the search took a move of a parameter to cost."""
-    axis = planned.grid.axis(m.axis)
-    if not may_share(m.forward, m.backward, m.again):
-        return m.seconds
-    return sum(planned.share_s(k, m.size_bytes, axis) for k in (m.forward, m.backward))
+def _best_s(m: PlannedMove, planned: Moves, rest: Mapping[str, Layout]) -> float:
+    """Return the least that a move may take, as the search had it."""
+    what = "parameter" if m.value in rest else "activation"
+    kinds = [m.forward] * (1 + m.again) + [m.backward]
+    return planned.best_s(kinds, m.size_bytes, planned.grid.axis(m.axis), what)

@@ -1,8 +1,9 @@
-"""The plan that the search finds: within the memory of a rank, and once calls are shared.
+"""The plan that the search finds: within the memory of a rank, and once moves are scheduled.
 
-The search counts neither what several layouts of one value hold together nor which moves share a
-call. So each solution is read as a plan, which does: `solve_within` asks again for less memory
-until the plan fits, `shared` asks at the prices of shared calls and takes the faster of two plans.
+The search counts neither what several layouts of one value hold together, nor which moves share a
+call, nor what they run beside. So each solution is read as a plan, which does: `solve_within` asks
+again for less memory until the plan fits, `scheduled` asks once more with each move at the least
+that it may take, and returns the faster of two plans.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Found:
 
     @property
     def plan(self) -> Plan:
-        """The plan of the solution, its calls shared."""
+        """The plan of the solution, its moves scheduled."""
         return self.read(self.solution)
 
     def bounded(self, bound_s: float, spent_s: float | None = None) -> Found:
@@ -48,16 +49,16 @@ class Found:
         return replace(self, solution=solution)
 
 
-def shared(apart: Found, search: Callable[[Model], Found], quick: bool) -> Found:
-    """Return what is faster once calls are shared, the first of equals, and a bound of all plans.
+def scheduled(apart: Found, search: Callable[[Model], Found], quick: bool) -> Found:
+    """Return what is faster once scheduled, the first of equals, and a bound of all plans.
 
     `apart` was searched with a call for each move. With `quick` nothing more is searched, and what
     is stated is the gap of that search.
     """
-    if quick or not apart.model.meetings:
+    if quick or apart.plan.grid.world_size == 1:
         saved_s = apart.solution.cost_s - apart.plan.step_time_s
         return apart.bounded(apart.solution.lower_bound_s - saved_s)
-    model = apart.model.shared()
+    model = apart.model.best()
     try:
         other = search(model)
     except BudgetError:

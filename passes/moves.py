@@ -157,16 +157,16 @@ class Moves:
         grad: bool,
         types: AxisTypes,
         again: bool = False,
-        together: bool = False,
+        best: str = "",
     ) -> MoveTable:
         """Return the table of a value whose axes may have these types.
 
         `again` says that what is sent forward is sent once more when backward recomputes it;
-        `together` that it may be sent with others: it is priced at its share of a full call.
+        `best` that it is priced at the least that moves of a "parameter" or "activation" may take.
         """
-        key = (shape, dtype, grad, types, again, together)
+        key = (shape, dtype, grad, types, again, best)
         if key not in self._tables:
-            self._tables[key] = self._compute(shape, dtype, grad, types, (again, together))
+            self._tables[key] = self._compute(shape, dtype, grad, types, (again, best))
         return self._tables[key]
 
     def _compute(
@@ -175,7 +175,7 @@ class Moves:
         dtype: torch.dtype,
         grad: bool,
         types: AxisTypes,
-        ways: tuple[bool, bool],
+        ways: tuple[bool, str],
     ) -> MoveTable:
         layouts = tuple(c for c in itertools.product(*types) if is_valid(shape, c, self.grid))
         number = {layout: k for k, layout in enumerate(layouts)}
@@ -211,19 +211,34 @@ class Moves:
         after: AxisType,
         sizes: np.ndarray,
         grad: bool,
-        ways: tuple[bool, bool],
+        ways: tuple[bool, str],
     ) -> np.ndarray:
         """Return the seconds of one change of type for buffers of each of these sizes."""
         move = move_of(before, after)
         assert move is not None
-        again, together = ways
+        again, shared = ways
         backward = move.backward if grad else "none"
         kinds = [move.forward] * (1 + again) + [backward]
-        shared = together and may_share(move.forward, backward, again)
-        price = self.share_s if shared else self.kind_s
         distinct, which = np.unique(sizes, return_inverse=True)
-        prices = [sum(price(kind, n, axis) for kind in kinds) for n in distinct.tolist()]
+        price = self.best_s if shared else self.kinds_s
+        prices = [price(kinds, n, axis, shared) for n in distinct.tolist()]
         return np.array(prices)[which]
+
+    def kinds_s(self, kinds: Sequence[str], size_bytes: int, axis: int, _: str = "") -> float:
+        """Return the seconds of calls of their own, each after the other."""
+        return sum(self.kind_s(kind, size_bytes, axis) for kind in kinds)
+
+    def best_s(self, kinds: Sequence[str], size_bytes: int, axis: int, what: str) -> float:
+        """Return the least that these collectives may take, shared with others and hidden.
+
+        `what` is "parameter", whose calls may be shared, or "activation".
+        """
+        forward, backward, again = kinds[0], kinds[-1], len(kinds) > 2
+        is_shared = what == "parameter" and may_share(forward, backward, again)
+        price = self.share_s if is_shared else self.kind_s
+        seconds = sum(price(kind, size_bytes, axis) for kind in kinds)
+        is_hidden = is_shared or may_hide(forward, backward, again)
+        return seconds * (1 - self.cluster.overlap) if is_hidden else seconds
 
     def kind_s(self, kind: str, size_bytes: int, axis: int) -> float:
         """Return the seconds of one collective by its fastest algorithm, or of a local copy."""
@@ -293,6 +308,15 @@ class Moves:
             local = largest_shape(shape, before, self.grid)
             size = exchange_bytes(local, before[axis], t, self.grid.sizes[axis]) * dtype.itemsize
         return Step(axis, before[axis], after[axis], move.forward, move.backward, size)
+
+
+def may_hide(forward: str, backward: str, again: bool) -> bool:
+    """Say whether a move that is begun early may run beside other ops."""
+    return not again and (forward, backward) in HIDDEN
+
+
+HIDDEN = frozenset([("none", "all_reduce"), ("all_gather", "reduce_scatter")])
+"""Moves that autotp.together begins early, of parameters or of what products read."""
 
 
 def may_share(forward: str, backward: str, again: bool) -> bool:

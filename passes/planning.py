@@ -20,11 +20,12 @@ from autotp.layouts import I, Layout
 from autotp.passes.coalesce import coalesce
 from autotp.passes.explain import RunnersUp
 from autotp.passes.factors import Factors
-from autotp.passes.found import ROUNDS, Found, budget, reader, shared, solve_within
+from autotp.passes.found import ROUNDS, Found, budget, reader, scheduled, solve_within
 from autotp.passes.identity import fingerprint, op_text
 from autotp.passes.moves import Moves, MoveTable
 from autotp.passes.network import Network, Op, Value
 from autotp.passes.notes import notes_of
+from autotp.passes.overlap import overlap
 from autotp.passes.pins import (
     PinFilter,
     Pins,
@@ -71,7 +72,7 @@ def search_plan(
     """Return the cheapest plan of `program` on `grid` that the pins allow.
 
     `rest` fixes the resting layouts of parameters by name: those of a plan for the other mode.
-    With `quick` no smaller plan is asked for where none is small enough, and none for shared calls.
+    With `quick` no smaller plan is asked for where none is small enough, nor one at best prices.
 
     Raises PinError, and BudgetError where no plan fits the memory of a rank.
     """
@@ -100,8 +101,8 @@ def search_plan(
     if not np.isfinite(found.solution.cost_s):
         blamed = irreducible(pins, lambda fewer: _is_possible(model_with(fewer)))
         raise contradiction(blamed, "no plan has all of these")
-    with stage("search, calls shared"):
-        found = shared(found, found_in, quick)
+    with stage("search, moves scheduled"):
+        found = scheduled(found, found_in, quick)
     ops = {program.names[op.name]: op.name for op in network.ops}
     runners_up = RunnersUp(found.model, found.solution, ops, budget(cluster), found.read)
     with stage("schedule"):
@@ -147,7 +148,8 @@ def read_plan(
     params = _resting(program, network, factors, model, rest, whole)
     resting = {r.value: r.layout for r in params.values()}
     apart = schedule(network, needs, move_tables, model.moves)
-    moved = coalesce(apart, resting, network, model.moves, model.sharing)
+    moved = coalesce(apart, resting, network, model.moves, model.is_best)
+    moved = overlap(moved, resting, network, decisions, model.moves)
     moves = moved.moves
     strategies = [tables[op.name].strategies[picks[op.name]] for op in network.ops]
     returned = {o: c for o, c in zip(network.outputs, outputs, strict=True) if o and c}

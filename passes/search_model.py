@@ -1,4 +1,4 @@
-"""What the numbers of the search mean: variables, and the moves of parameters between them."""
+"""What the numbers of the search mean: variables, and the moves of values between them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Variable:
 
 @dataclass(frozen=True, slots=True)
 class Meeting:
-    """A pair of the problem whose cost is that of moving a parameter between two columns."""
+    """A pair of the problem whose cost is that of moving a value between two columns."""
 
     pair: int
     value: Value
@@ -42,20 +42,28 @@ class Model:
     types: Mapping[str, AxisTypes]  # per value, the types on each axis that its moves may use
     may_return: Callable[[str, Layout], bool]
     params: Collection[str]  # the values that are parameters
-    meetings: tuple[Meeting, ...]  # where those are moved
-    sharing: bool = False  # whether moves of parameters are priced at their share of a full call
+    meetings: tuple[Meeting, ...]  # where values are moved
+    is_best: bool = False  # whether moves are priced at the least that they may take
 
     def table_of(self, value: Value) -> MoveTable:
         """Return the moves of a value."""
-        together, types = self.sharing and value.name in self.params, self.types[value.name]
-        return self.moves.table(value.shape, value.dtype, value.grad, types, together=together)
+        return self._table(value, best=self._best(value) if self.is_best else "")
 
-    def shared(self) -> Model:
-        """Return this model with the moves of parameters at their share: no plan takes less."""
+    def best(self) -> Model:
+        """Return this model with moves at the least that they may take: no plan takes less."""
         pairs = list(self.problem.pairs)
         for m in self.meetings:
-            v, types = m.value, self.types[m.value.name]
-            table = self.moves.table(v.shape, v.dtype, v.grad, types, m.again, together=True)
-            seconds = self.moves.between(table, m.before, m.after)
-            pairs[m.pair] = (*pairs[m.pair][:2], seconds)
-        return replace(self, problem=replace(self.problem, pairs=tuple(pairs)), sharing=True)
+            if what := self._best(m.value):
+                table = self._table(m.value, m.again, what)
+                seconds = self.moves.between(table, m.before, m.after)
+                pairs[m.pair] = (*pairs[m.pair][:2], seconds)
+        return replace(self, problem=replace(self.problem, pairs=tuple(pairs)), is_best=True)
+
+    def _best(self, value: Value) -> str:
+        """Return as what a value's moves may take less than calls of their own, if they may."""
+        if value.name in self.params:
+            return "parameter"
+        return "activation" if self.moves.cluster.overlap and value.grad else ""
+
+    def _table(self, v: Value, again: bool = False, best: str = "") -> MoveTable:
+        return self.moves.table(v.shape, v.dtype, v.grad, self.types[v.name], again, best)

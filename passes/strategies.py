@@ -333,8 +333,7 @@ def _meet(
     b: _Builder, v: Value, ends: tuple[int, int], before: Column, after: Column, again: bool
 ) -> None:
     """Charge two variables for what lies between the layouts that each leaves to the other."""
-    if v.name in b.params:
-        b.meetings.append(Meeting(len(b.pairs), v, before, after, again))
+    b.meetings.append(Meeting(len(b.pairs), v, before, after, again))
     b.pairs.append((*ends, _pair(b, v, before, after, again)))
 
 

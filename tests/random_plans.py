@@ -5,6 +5,7 @@ that the compiler may emit; these visit them all.
 """
 
 import random
+from dataclasses import replace
 from unittest import mock
 
 import numpy as np
@@ -48,14 +49,16 @@ class Plans:
 
     def random(self, seed):
         """Return a legal plan, the same for the same seed."""
-        return self.of(random_choice(self.model.problem, random.Random(seed)))
+        return self.of(random_choice(self.model.problem, random.Random(seed)), overlap=seed % 2 / 2)
 
     def best(self):
         """Return the cheapest plan."""
         return self.of(solve(self.model.problem).choice)
 
-    def of(self, choice):
+    def of(self, choice, overlap=0.0):
         """Return the plan in which every variable takes the numbered choice."""
+        moves = replace(self.model.moves, cluster=replace(self.cluster, overlap=overlap))
+        model = replace(self.model, moves=moves)
         cost = self.model.problem.seconds(choice)
         solution = Solution(choice, cost, 0.0, 0.0, 0, "random", 0.0)
         program, network, factors = (
@@ -63,7 +66,7 @@ class Plans:
             self.subject.network,
             self.subject.factors,
         )
-        return read_plan(program, network, factors, self.model, solution, self.grid, self.cluster)
+        return read_plan(program, network, factors, model, solution, self.grid, self.cluster)
 
 
 def random_plan(subject, grid, seed):

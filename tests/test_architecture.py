@@ -37,6 +37,7 @@ RUNTIME = {
     "recompute",
     "routing",
     "split_attention",
+    "late",
     "together",
 }
 

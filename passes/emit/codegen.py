@@ -23,7 +23,8 @@ from autotp.passes.capture.draws import draws
 from autotp.passes.capture.regions import note_region
 from autotp.passes.capture.size_nodes import is_size
 from autotp.passes.emit.emitter import Emitter, attribute, node_name, note
-from autotp.passes.emit.moving import enter_region, fetch
+from autotp.passes.emit.moving import begin_before, enter_region, fetch
+from autotp.passes.emit.products import fetch_operands
 from autotp.passes.emit.sites import CALLERS, Sites, unread
 from autotp.passes.network import Network, Op, is_getitem, is_tensor, output_args, value_name
 from autotp.passes.program import Program
@@ -52,6 +53,7 @@ def emit(
     for bucket in plan.buckets:
         for move in (plan.moves[n] for n in bucket.moves):
             e.buckets[move.value, move.after] = bucket
+        e.begins.setdefault(bucket.begins, []).append(bucket)
     ops = {op.name: (op, d) for op, d in zip(network.ops, plan.decisions, strict=True)}
     for node in program.graph_module.graph.nodes:
         enter_region(e, program.regions.get(node.name))
@@ -113,15 +115,14 @@ def _number(e: Emitter, node: fx.Node) -> Any:
 
 
 def _emit_op(e: Emitter, node: fx.Node, op: Op, decision: Decision) -> None:
-    operands = [
-        fetch(e, v, layout) for v, layout in zip(op.operands, decision.operands, strict=True)
-    ]
+    begin_before(e, decision.name)
+    operands, late = fetch_operands(e, op, decision)
     args, kwargs = substitute(node, operands, lambda n: _number(e, n))
     whole = replace(op.call, args=args, kwargs=kwargs)
     local = _localized(e, whole, decision)
     if op.rule.localize:
         args = op.rule.localize(whole, local)
-    target, extra = _target(e, node, op, decision)
+    target, extra = (late, {}) if late else _target(e, node, op, decision)
     if target in CALLERS:
         args = (op.call.op, *args)
     args, kwargs = e.sizes.write_all((args, {**kwargs, **extra}))

@@ -27,6 +27,8 @@ class Emitter:
     moves      of each value, the planned ones; `buckets` those that share a call, by what they make
     hubs       the layout that the readers of a value share
     entered    the checkpoint regions that were begun
+    begins     the buckets that begin before an op, by its plan name
+    begun      the buckets that have begun, by the first of their moves
     """
 
     program: Program
@@ -39,6 +41,8 @@ class Emitter:
     moves: dict[str, list[PlannedMove]] = field(default_factory=dict)
     buckets: dict[Key, Bucket] = field(default_factory=dict)
     entered: set[str] = field(default_factory=set)
+    begins: dict[str, list[Bucket]] = field(default_factory=dict)
+    begun: dict[int, fx.Node] = field(default_factory=dict)
     hubs: Mapping[str, Layout] = field(default_factory=dict)
     made: dict[str, Layout] = field(default_factory=dict)
     sites: Sites = field(init=False)

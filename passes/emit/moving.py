@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 from torch import fx
 
 from autotp.layouts import AxisType, Layout, Shard, kind
 from autotp.passes.emit.emitter import Emitter, attribute, node_name
 from autotp.passes.emit.move_calls import TARGETS, move_args
-from autotp.passes.emit.together_calls import shared_call
+from autotp.passes.emit.together_calls import begin_call, shared_call
 from autotp.plan import Bucket, PlannedMove
 
 
@@ -63,13 +64,25 @@ def _move_name(e: Emitter, move: PlannedMove) -> str:
     return f"{node_name(_value_label(e, move.value))}_{ends}"
 
 
-def _emit_bucket(e: Emitter, bucket: Bucket) -> None:
-    """Make all moves of a bucket by one call."""
+def begin_before(e: Emitter, op: str) -> None:
+    """Begin the buckets that begin before an op, and have not ended yet."""
+    for bucket in e.begins.get(op, ()):
+        first = e.plan.moves[bucket.moves[0]]
+        if (first.value, first.after) not in e.nodes:
+            e.begun[bucket.moves[0]] = begin_call(e, bucket, *_moved(e, bucket))
+
+
+def _moved(e: Emitter, bucket: Bucket) -> tuple[list[fx.Node], list[dict[str, Any]]]:
+    """Return what the moves of a bucket move, and the arguments of each."""
     moves = [e.plan.moves[n] for n in bucket.moves]
     sources = [fetch(e, m.value, m.before) for m in moves]
-    args = [move_args(m, e.network.values[m.value].shape, e.grid, e.coords) for m in moves]
-    call = shared_call(e.graph, bucket, sources, attribute(e, bucket.axis), args)
-    for k, move in enumerate(moves):
+    return sources, [move_args(m, e.network.values[m.value].shape, e.grid, e.coords) for m in moves]
+
+
+def _emit_bucket(e: Emitter, bucket: Bucket) -> None:
+    """Make all moves of a bucket by one call."""
+    call = shared_call(e, bucket, *_moved(e, bucket))
+    for k, move in enumerate(e.plan.moves[n] for n in bucket.moves):
         made = e.graph.create_node(
             "call_function", operator.getitem, (call, k), name=_move_name(e, move)
         )

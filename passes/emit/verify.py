@@ -14,13 +14,14 @@ from torch import fx
 from autotp.cost_model.collectives import OTHERS
 from autotp.errors import LayoutError
 from autotp.grid import Grid
+from autotp.late import late
 from autotp.layouts import MOVES, Layout, Move, is_valid, kind, layout_text, may_change
 from autotp.passes.choices import AxisChoice, Typing, axis_choices
 from autotp.passes.emit.move_calls import TARGETS
-from autotp.passes.emit.together_calls import SHARED, is_shared, source_of
+from autotp.passes.emit.products import LATE, weight_of
+from autotp.passes.emit.together_calls import BEGIN, END, SHARED, is_shared, source_of
 from autotp.passes.factors import Factors
 from autotp.passes.network import Network, Op
-from autotp.together import await_gradients, invariant_to_replicate_together
 
 
 def verify(module: fx.GraphModule, network: Network, factors: Factors, grid: Grid) -> None:
@@ -30,7 +31,8 @@ def verify(module: fx.GraphModule, network: Network, factors: Factors, grid: Gri
     for node in module.graph.nodes:
         problems += _op_problems(node, network, factors, grid, legal)
         problems += _move_problems(node, network, grid)
-        problems += _await_problems(node)
+        problems += _begin_problems(node)
+        problems += _late_problems(node)
     if problems:
         raise LayoutError("the emitted program is not well typed", at=problems)
 
@@ -102,16 +104,25 @@ def _algorithm_problems(node: fx.Node, call: fx.Node, move: Move) -> list[tuple[
     ]
 
 
-def _await_problems(node: fx.Node) -> list[tuple[str, str]]:
-    """Hold what is waited for later: nothing else may read a gradient that is on its way."""
+def _begin_problems(node: fx.Node) -> list[tuple[str, str]]:
+    """Hold what is begun to be ended: nothing else may read a gradient that is on its way."""
+    if node.target in BEGIN and len(node.users) != 1:
+        return [(node.name, "what is begun has one reader")]
     given: Any = node.args[0] if node.args else None
-    if node.target is await_gradients:
-        moved = [(node.name, f"{n.name} is no parameter") for n in given if n.op != "placeholder"]
-        shared = [(node.name, "what awaits gradients has one reader")] * (len(node.users) != 1)
-        return moved + shared
-    if isinstance(given, fx.Node) and given.target is await_gradients:
-        if node.target is not invariant_to_replicate_together:
-            return [(node.name, f"cannot read {given.name}: gradients on their way come to it")]
-        if given.args[1] is not node.args[1]:
-            return [(node.name, f"{given.name} awaits the gradients of another axis")]
+    if not (isinstance(given, fx.Node) and given.target in BEGIN):
+        return []
+    if node.target is not END[BEGIN.index(given.target)]:
+        return [(node.name, f"cannot read {given.name}: gradients on their way come to it")]
+    if (given.args[1], given.kwargs) != (node.args[1], node.kwargs):
+        return [(node.name, f"{given.name} began another move")]
     return []
+
+
+def _late_problems(node: fx.Node) -> list[tuple[str, str]]:
+    """Hold a weight whose gradient is computed late to be the weight of one product."""
+    if node.target is not late:
+        return []
+    readers = [n for n in node.users if n.target in LATE.values() and weight_of(n) is node]
+    if len(node.users) == len(readers) == 1:
+        return []
+    return [(node.name, "a weight whose gradient is late has one reader, a product")]

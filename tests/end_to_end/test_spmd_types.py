@@ -12,6 +12,7 @@ cannot infer is asserted, and listed here:
 """
 
 import contextlib
+from dataclasses import replace
 
 import pytest
 import spmd_types
@@ -27,16 +28,26 @@ from autotp import layouts as ours
 from autotp.api import as_grid
 from autotp.axis import dist_axes
 from autotp.collectives import all_gather, invariant_to_replicate
+from autotp.late import late
 from autotp.layouts import Shard, kind, local_shape
 from autotp.passes.capture.model import capture
+from autotp.passes.emit import products
 from autotp.passes.emit.codegen import emit
 from autotp.passes.emit.together_calls import is_shared, source_of
 from autotp.passes.factors import infer_factors
 from autotp.passes.network import read_network
 from autotp.passes.planning import search_plan
 from autotp.ranks import make_mesh
-from autotp.together import all_gather_together, await_gradients, invariant_to_replicate_together
+from autotp.together import (
+    all_gather_together,
+    begin_gather,
+    begin_replicate,
+    invariant_to_replicate_together,
+)
 from tests.end_to_end.models import CLUSTER, gpt2, llama, tokens
+
+BESIDE = replace(CLUSTER, overlap=0.5)
+"""Where moves begin early."""
 
 TYPES = {"S": V, "R": R, "I": I, "P": P}
 
@@ -74,10 +85,14 @@ MOVES = {
 
 ALIKE = {
     all_gather_together: all_gather,
-    await_gradients: None,
+    begin_gather: None,
+    begin_replicate: None,
     invariant_to_replicate_together: invariant_to_replicate,
 }
 """What each item of a shared call is moved by."""
+
+LATE = {target: op for op, target in products.LATE.items()}
+"""The op that a product with a late weight is."""
 
 
 def cross_entropy(x, target, weight=None, reduction=1, ignore_index=-100, label_smoothing=0.0):
@@ -137,11 +152,11 @@ class Checked(fx.Interpreter):
         if node.op != "call_function":
             return super().run_node(node)
         args, kwargs = self.fetch_args_kwargs_from_env(node)
-        if node.target in ALIKE:  # its items move one by one
+        if node.target in ALIKE or node.target is late:  # its items move one by one
             return args[0]
         if "move" in node.meta:
             return self.checked(node, self.move(node, self.env[source_of(node)]))
-        if not hasattr(node.target, "_schema"):
+        if not hasattr(LATE.get(node.target, node.target), "_schema"):
             return self.plain(node, args, kwargs)
         return self.checked(node, self.compute(node, args, kwargs))
 
@@ -187,7 +202,7 @@ class Checked(fx.Interpreter):
             return self.stamp(self.env[n].detach(), layout)
 
         args, kwargs = (fx.node.map_arg(a, typed) for a in (node.args, node.kwargs))
-        function = torch_function(node.target)
+        function = torch_function(LATE.get(node.target, node.target))
         if function not in (torch.addmm, F.linear) or not self.adds_a_term(node):
             return function(*args, **kwargs)
         (bias, *factors) = args if function is torch.addmm else (args[2], *args[:2])
@@ -233,13 +248,13 @@ def type_on(found, group):
     return found[spmd_types.normalize_axis(group)]
 
 
-def program_of(make, sizes):
+def program_of(make, sizes, cluster=CLUSTER):
     torch.manual_seed(0)
     model, inputs, grid = make(), tokens(), as_grid(sizes)
     program = capture(model, (), inputs, train=True)
     network = read_network(program)
     factors = infer_factors(network, program.inputs)
-    plan = search_plan(program, network, factors, grid, CLUSTER).plan
+    plan = search_plan(program, network, factors, grid, cluster).plan
     return program, network, plan
 
 
@@ -272,8 +287,9 @@ def check(program, network, plan, spoil=None):
 
 @pytest.mark.parametrize("make", [gpt2, llama])
 @pytest.mark.parametrize("sizes", [(2,), (2, 2)])
-def test_the_checker_agrees_with_every_layout(make, sizes):
-    checked = check(*program_of(make, sizes))
+@pytest.mark.parametrize("cluster", [CLUSTER, BESIDE], ids=["at once", "early"])
+def test_the_checker_agrees_with_every_layout(make, sizes, cluster):
+    checked = check(*program_of(make, sizes, cluster))
     assert checked.moves > 10 and checked.inferred > 60
 
 

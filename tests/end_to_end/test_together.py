@@ -1,6 +1,7 @@
 """Parameters that share calls, and gradients that are awaited when backward ends: on real ranks."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from tests.end_to_end.on_ranks import on_ranks
 from tests.models import build
 
 CLUSTER = bandwidth_bound(1e9, latency_s=1e-5, flops_per_s=1e9)
+BESIDE = replace(bandwidth_bound(1e9, latency_s=2e-7, flops_per_s=1e10), overlap=0.5)
 
 
 def both(grid, name="nanogpt", scheme=schemes.data_parallel, cluster=CLUSTER, **options):
@@ -47,17 +49,34 @@ def assert_same(model, parallel):
 
 
 def is_later(plan):
-    return any(b.later for b in plan.buckets)
+    return any(b.begins for b in plan.buckets)
 
 
 @on_ranks((4, 1), (2, 2))
 def test_gradients_are_complete_when_backward_returns(grid):
     for scheme in (schemes.data_parallel, schemes.fsdp, schemes.batch_x_tensor):
-        model, parallel, inputs = both(grid, scheme=scheme)
-        assert parallel.plan.buckets, scheme
-        for _ in range(2):  # the second is added to the first
-            loss_of(model, inputs).backward()
-            loss_of(parallel, inputs).backward()
+        for cluster in (CLUSTER, BESIDE):
+            model, parallel, inputs = both(grid, scheme=scheme, cluster=cluster)
+            assert parallel.plan.buckets, scheme
+            for _ in range(2):  # the second is added to the first
+                loss_of(model, inputs).backward()
+                loss_of(parallel, inputs).backward()
+            assert_same(model, parallel)
+
+
+@on_ranks((1, 2))
+def test_a_step_with_moves_that_begin_early_is_a_step(grid):
+    for scheme in (schemes.megatron, schemes.megatron_sp, schemes.batch_x_tensor):
+        model, parallel, inputs = both(grid, scheme=scheme, cluster=BESIDE)
+        assert any(b.hidden_s for b in parallel.plan.buckets), scheme
+        for m in (model, parallel):
+            optimizer = torch.optim.SGD(m.parameters(), lr=1e-3)
+            for _ in range(2):
+                optimizer.zero_grad()
+                loss_of(m, inputs).backward()
+                optimizer.step()
+        with torch.no_grad():
+            torch.testing.assert_close(loss_of(parallel, inputs), loss_of(model, inputs))
         assert_same(model, parallel)
 
 
@@ -161,12 +180,13 @@ def test_regions_are_recomputed_beside_shared_calls(grid):
 
 @on_ranks((4, 1))
 def test_a_compiled_program_shares_calls_too(grid):
-    model, parallel, inputs = both(grid, "mlp")
-    loss_of(model, inputs).backward()
-    parallel._autotp.axes["row"].reset_sent()
-    loss_of(torch.compile(parallel, backend="aot_eager"), inputs).backward()
-    assert not parallel._autotp.axes["row"].calls  # which are not counted when compiled
-    assert_same(model, parallel)
+    for scheme, cluster in ((schemes.data_parallel, CLUSTER), (schemes.fsdp, BESIDE)):
+        model, parallel, inputs = both(grid, "mlp", scheme, cluster)
+        loss_of(model, inputs).backward()
+        parallel._autotp.axes["row"].reset_sent()
+        loss_of(torch.compile(parallel, backend="aot_eager"), inputs).backward()
+        assert not parallel._autotp.axes["row"].calls  # which are not counted when compiled
+        assert_same(model, parallel)
 
 
 @on_ranks((4, 1))
@@ -187,7 +207,7 @@ def test_the_wait_is_the_last_of_backward(grid):
     """Started when a bucket is there, with layers still to come; awaited after the last of them."""
     small = bandwidth_bound(1e9, latency_s=2e-7, flops_per_s=1e9)
     _, parallel, inputs = both(grid, cluster=small)
-    buckets = [b for b in parallel.plan.buckets if b.later]
+    buckets = [b for b in parallel.plan.buckets if b.begins]
     assert len(buckets) > 3
     events = []
 
@@ -200,8 +220,8 @@ def test_the_wait_is_the_last_of_backward(grid):
 
     patch = pytest.MonkeyPatch()
     with patch.context() as m:
-        m.setattr(DistAxis, "start_all_reduce", told("start", DistAxis.start_all_reduce))
-        m.setattr(together._Await, "backward", staticmethod(told("wait", together._Await.backward)))
+        m.setattr(DistAxis, "begin", told("start", DistAxis.begin))
+        m.setattr(together._Begin, "backward", staticmethod(told("wait", together._Begin.backward)))
         loss = loss_of(parallel, inputs)
         loss.register_hook(lambda _: events.append("begin"))
         loss.backward()

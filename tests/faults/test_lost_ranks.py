@@ -140,7 +140,7 @@ def killed_before_gradients_are_summed(rank):
     loss = model(**batch())
     if rank == 1:
         kill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
-        mock.patch.object(DistAxis, "start_all_reduce", kill).start()
+        mock.patch.object(DistAxis, "begin", kill).start()
     loss.backward()
 
 
@@ -149,7 +149,7 @@ def test_who_does_not_bring_its_gradients_is_named():
     codes, said = end_of(killed_before_gradients_are_summed, 2)
     assert codes == [1, -signal.SIGKILL]
     assert "LostRankError: rank 1 is gone" in said[0]
-    assert "row_awaited" in said[0] and "await_gradients([" in said[0]
+    assert "row_begun" in said[0] and "begin_replicate([" in said[0]
 
 
 # A rank does not come ----------------------------------------------------------------------------

@@ -9,7 +9,8 @@ from autotp.grid import Grid
 from autotp.layouts import Shard, take_shard
 from autotp.together import (
     all_gather_together,
-    await_gradients,
+    begin_gather,
+    begin_replicate,
     invariant_to_replicate_together,
 )
 
@@ -31,31 +32,33 @@ def tensors(axis, trained, move):
     return [x.requires_grad_(k in trained) for k, x in enumerate(local)]
 
 
-def gathered(xs, axis, to, together):
+def gathered(xs, axis, to, together, early=False):
     dims, parts = [t.dim for t in SHARDS], [t.parts for t in SHARDS]
     sizes = [shape[t.dim] for shape, t in zip(SHAPES, SHARDS, strict=True)]
     if together:
-        return all_gather_together(xs, axis, dims, parts, sizes, to)
+        given = begin_gather(xs, axis, dims, parts, sizes, to) if early else xs
+        return all_gather_together(given, axis, dims, parts, sizes, to)
     return [
         all_gather(x, axis, *where, to) for x, *where in zip(xs, dims, parts, sizes, strict=True)
     ]
 
 
-def replicated(xs, axis, to, together):
+def replicated(xs, axis, to, together, early=False):
     if not together:
         return [invariant_to_replicate(x, axis) for x in xs]
-    return invariant_to_replicate_together(await_gradients(xs, axis) if to == "R" else xs, axis)
+    return invariant_to_replicate_together(begin_replicate(xs, axis) if early else xs, axis)
 
 
 @pytest.mark.parametrize("move", [gathered, replicated])
 @pytest.mark.parametrize("to", ["R", "I"])
 @pytest.mark.parametrize("trained", [(0, 1, 2, 3), (1, 3)], ids=["all", "some"])
 @pytest.mark.parametrize("used", [(0, 1, 2, 3), (0, 3)], ids=["all used", "some used"])
+@pytest.mark.parametrize("early", [False, True], ids=["at once", "early"])
 @pytest.mark.parametrize("twice", [False, True], ids=["once", "differentiated twice"])
-def test_one_call_is_what_many_are(move, to, trained, used, twice):
+def test_one_call_is_what_many_are(move, to, trained, used, twice, early):
     def run(rank, axes, together):
         xs = tensors(axes["col"], trained, move)
-        made = move(xs, axes["col"], to, together)
+        made = move(xs, axes["col"], to, together, early)
         scale = 1.0 + (rank if to == "R" else 0)
         loss = sum((made[k] ** 3).sum() * scale for k in used)
         params = [xs[k] for k in trained]

@@ -1,0 +1,229 @@
+"""What runs beside what: moves that are begun early, and how much of their time is hidden.
+
+In: the moves of a plan and the buckets that they share. Out: more buckets, of one move each; of
+each where it begins, and the seconds hidden. A bucket that begins early runs beside the ops between
+there and its first reader, forward and backward:
+
+    shards of parameters         begin as many ops before their reader as hide the all-gather, at
+                                   most AHEAD gathers before; the reduce-scatter is awaited as late
+    parameters as they rest      begin before all ops; their gradients are awaited last
+    activations of products      begin where they are made; the sum of their gradients runs beside
+                                   the gradients of the products' weights (`autotp.late`)
+
+An op hides one collective at a time. Of what runs side by side the cluster hides a share of the
+shorter (`Cluster.overlap`, measured): where that is zero nothing begins early, but for gradients
+that are awaited in any case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from autotp.cost_model.collectives import is_one_call
+from autotp.layouts import Layout
+from autotp.passes.coalesce import Coalesced
+from autotp.passes.moves import Moves, may_hide
+from autotp.passes.network import Network, Op
+from autotp.passes.pricing import PASSES
+from autotp.plan import AT_ONCE, WHERE_MADE, Bucket, Decision, PlannedMove
+from autotp.sizes import varies
+
+AHEAD = 8
+"""Readers of other gathers between the begin of a gather and its end: those of about one layer."""
+
+PAIR_OPS = 8
+"""What two calls for one move cost in Python, a late weight among them, in overheads of an op.
+
+Source: 145 us more than one call, where a pass of an op takes 17.6 us: CPU, both under load.
+"""
+
+OF_WEIGHT = 1 / 2
+"""The share of a product's backward that makes the gradient of its weight."""
+
+PRODUCTS = {
+    torch.ops.aten.linear.default: (0, 1),
+    torch.ops.aten.addmm.default: (1, 2),
+    torch.ops.aten.mm.default: (0, 1),
+}
+"""The products whose weight's gradient may be made late: the operands that are their activations
+and their weight."""
+
+
+def overlap(
+    found: Coalesced,
+    rest: Mapping[str, Layout],
+    network: Network,
+    decisions: Sequence[Decision],
+    planned: Moves,
+) -> Coalesced:
+    """Begin early what may be, and take what is hidden from the seconds of the step.
+
+    `rest` says how parameters rest.
+    """
+    if not planned.cluster.overlap:
+        return found
+    reads: dict[str, list[tuple[int, Layout]]] = {}
+    for n, d in enumerate(decisions):
+        for value, layout in zip(d.reads, d.operands, strict=True):
+            reads.setdefault(value, []).append((n, layout))
+    program = _Program(found.moves, rest, network, decisions, planned, reads)
+    buckets = sorted([*found.buckets, *program.alone(found.buckets)], key=program.first_reader)
+    idle = _Idle.of(network, decisions)
+    gathers = [b for b in buckets if program.is_gather(b)]
+    products = [b for b in buckets if program.feeds_products(found.moves[b.moves[0]])]
+    made = [program.beside_products(b, idle) for b in products]
+    made += program.before_readers(gathers, idle)
+    awaited = [b for b in buckets if b not in gathers and b not in products]
+    made += [program.beside_backward(b, idle) for b in awaited]
+    made = sorted((b for b in made if b.begins or len(b.moves) > 1), key=lambda b: b.moves)
+    saved_s = sum(b.hidden_s for b in made)
+    return replace(found, buckets=tuple(made), beyond_s=found.beyond_s - saved_s)
+
+
+@dataclass(frozen=True, slots=True)
+class _Idle:
+    """The seconds of each op beside which nothing runs yet, forward and backward."""
+
+    forward: list[float]
+    backward: list[float]
+
+    @classmethod
+    def of(cls, network: Network, decisions: Sequence[Decision]) -> _Idle:
+        """Return the seconds of all ops."""
+        pairs = zip(network.ops, decisions, strict=True)
+        passes = [(d.seconds, _passes(network, op)) for op, d in pairs]
+        return cls([s / n for s, n in passes], [s - s / n for s, n in passes])
+
+
+def _passes(network: Network, op: Op) -> int:
+    """Return how many forward passes an op's seconds are."""
+    return PASSES + bool(op.region) if any(network.values[v].grad for v in op.results) else 1
+
+
+def _hide(
+    idle: list[float], wanted: float, ops: Iterable[int], share: float = 1.0
+) -> tuple[float, int | None]:
+    """Take up to `wanted` seconds of ops, a share of each; return what was taken, and the last."""
+    taken, last = 0.0, None
+    for n in ops:
+        if taken >= wanted:
+            break
+        part = min(wanted - taken, idle[n] * share)
+        if part > 0:
+            idle[n] -= part
+            taken, last = taken + part, n
+    return taken, last
+
+
+@dataclass(frozen=True, slots=True)
+class _Program:
+    """The moves and ops of a plan, in the order of need; `reads` says which ops read a value."""
+
+    moves: Sequence[PlannedMove]
+    rest: Mapping[str, Layout]
+    network: Network
+    decisions: Sequence[Decision]
+    planned: Moves
+    reads: Mapping[str, Sequence[tuple[int, Layout]]]
+
+    # Which may begin early ----------------------------------------------------------------------
+
+    def alone(self, buckets: Sequence[Bucket]) -> Iterable[Bucket]:
+        """Yield a bucket for each move that may run beside ops, and shares no call."""
+        taken = {n for b in buckets for n in b.moves}
+        for n, m in enumerate(self.moves):
+            ranks = self.planned.grid.sizes[self.planned.grid.axis(m.axis)]
+            if n in taken or ranks == 1 or not may_hide(m.forward, m.backward, m.again):
+                continue
+            if self.rest.get(m.value) == m.before or self.feeds_products(m):
+                ways = m.axis, m.forward, m.backward
+                size, by, back_by = m.size_bytes, m.by, m.back_by
+                yield Bucket(*ways, (n,), size, m.seconds, AT_ONCE, by, back_by)
+
+    def is_gather(self, bucket: Bucket) -> bool:
+        """Say whether a bucket gathers shards of parameters as they rest."""
+        moves = (self.moves[n] for n in bucket.moves)
+        rests = all(self.rest.get(m.value) == m.before for m in moves)
+        return rests and bucket.forward != "none"
+
+    def feeds_products(self, m: PlannedMove) -> bool:
+        """Say whether a move brings activations, outside of regions, to products of parameters."""
+        if m.value in self.rest or varies(self.network.values[m.value].shape):
+            return False
+        near = [*self.readers(m), *(n for n, d in enumerate(self.decisions) if m.value in d.makes)]
+        return not any(self.decisions[n].region for n in near) and bool(self._late_products(m))
+
+    def _late_products(self, m: PlannedMove) -> list[int]:
+        return [n for n in self.readers(m) if self._is_late(self.network.ops[n], m.value)]
+
+    def _is_late(self, op: Op, value: str) -> bool:
+        """Say whether an op multiplies a value by a parameter that is trained."""
+        x, weight = PRODUCTS.get(op.call.op, (0, 0))
+        if not weight or op.call.kwargs or op.operands[x] != value:
+            return False
+        return op.operands[weight] in self.rest and self.network.values[op.operands[weight]].grad
+
+    def readers(self, m: PlannedMove) -> list[int]:
+        """Return the ops that read what a move makes, else those that read what it moves."""
+        reads = self.reads.get(m.value, [])
+        return [n for n, layout in reads if layout == m.after] or [n for n, _ in reads]
+
+    def first_reader(self, bucket: Bucket) -> int:
+        """Return the first op that reads what a bucket makes."""
+        ops = (n for k in bucket.moves for n in self.readers(self.moves[k]))
+        return min(ops, default=len(self.decisions))
+
+    # What they run beside -----------------------------------------------------------------------
+
+    def beside_products(self, b: Bucket, idle: _Idle) -> Bucket:
+        """Begin where it is made what products read."""
+        ops = self._late_products(self.moves[b.moves[0]])
+        return self._early(b, WHERE_MADE, self._beside(b, idle, ops, OF_WEIGHT))
+
+    def beside_backward(self, b: Bucket, idle: _Idle) -> Bucket:
+        """Await last the gradients of parameters, if they are awaited."""
+        if b.begins == AT_ONCE:
+            return b
+        ops = range(self.first_reader(b) - 1, -1, -1)
+        return replace(b, hidden_s=self.planned.cluster.overlap * self._beside(b, idle, ops))
+
+    def before_readers(self, gathers: Sequence[Bucket], idle: _Idle) -> list[Bucket]:
+        """Begin gathers, which come in the order of need, before their readers."""
+        out, readers = [], [0]
+        for b in gathers:
+            first = self.first_reader(b)
+            if first != readers[-1]:
+                readers.append(first)
+            limit = readers[max(0, len(readers) - 1 - AHEAD)]
+            before = range(first - 1, limit - 1, -1)
+            taken, last = _hide(idle.forward, self._call_s(b.forward, b), before)
+            begins = self._outside_regions(last, first)
+            if begins is not None:
+                taken += self._beside(b, idle, range(first - 1, begins - 1, -1))
+                b = self._early(b, self.decisions[begins].name, taken)
+            out.append(b)
+        return out
+
+    def _outside_regions(self, op: int | None, end: int) -> int | None:
+        """Return the first op from `op` on, before `end`, that lies in no checkpoint region."""
+        if op is None:
+            return None
+        return next((n for n in range(op, end) if not self.decisions[n].region), None)
+
+    def _early(self, b: Bucket, begins: str, beside_s: float) -> Bucket:
+        """Begin a bucket early if that hides more than the second call takes."""
+        if not (is_one_call(b.forward, b.by) and is_one_call(b.backward, b.back_by)):
+            return b
+        cluster = self.planned.cluster
+        hidden_s = cluster.overlap * beside_s - PAIR_OPS * cluster.op_overhead_s
+        return replace(b, begins=begins, hidden_s=hidden_s) if hidden_s > 0 else b
+
+    def _beside(self, b: Bucket, idle: _Idle, ops: Iterable[int], share: float = 1.0) -> float:
+        """Take the seconds of ops whose backward runs while that of a bucket is on its way."""
+        return _hide(idle.backward, self._call_s(b.backward, b), ops, share)[0]
+
+    def _call_s(self, kind: str, b: Bucket) -> float:
+        return self.planned.kind_s(kind, b.size_bytes, self.planned.grid.axis(b.axis))
