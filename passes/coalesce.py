@@ -22,9 +22,10 @@ import torch
 
 from autotp.cost_model.collectives import FREE
 from autotp.layouts import Layout
-from autotp.passes.moves import Moves, may_share
+from autotp.passes.moves import Moves
 from autotp.passes.network import Network
 from autotp.passes.schedule import sent_of
+from autotp.passes.sharing import may_share
 from autotp.plan import AT_ONCE, WHERE_MADE, Bucket, PlannedMove
 
 Key = tuple[str, str, str, torch.dtype, int]

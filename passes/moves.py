@@ -32,6 +32,7 @@ from autotp.layouts import (
     largest_shape,
     move_of,
 )
+from autotp.passes.sharing import may_hide, may_share
 
 AxisTypes = tuple[tuple[AxisType, ...], ...]
 """The types that a value may have on each axis."""
@@ -308,31 +309,6 @@ class Moves:
             local = largest_shape(shape, before, self.grid)
             size = exchange_bytes(local, before[axis], t, self.grid.sizes[axis]) * dtype.itemsize
         return Step(axis, before[axis], after[axis], move.forward, move.backward, size)
-
-
-def may_hide(forward: str, backward: str, again: bool) -> bool:
-    """Say whether a move that is begun early may run beside other ops."""
-    return not again and (forward, backward) in HIDDEN
-
-
-HIDDEN = frozenset([("none", "all_reduce"), ("all_gather", "reduce_scatter")])
-"""Moves that autotp.together begins early, of parameters or of what products read."""
-
-
-def may_share(forward: str, backward: str, again: bool) -> bool:
-    """Say whether moves of several parameters may be one: not those of a checkpoint region."""
-    return (forward, backward) in SHARED and not (again and forward != "none")
-
-
-SHARED = frozenset(
-    [
-        ("none", "all_reduce"),
-        ("all_gather", "reduce_scatter"),
-        ("all_gather", "slice"),
-        ("all_gather", "none"),
-    ]
-)
-"""Moves that may be made of several parameters at once, by their collectives forth and back."""
 
 
 def closed(single: np.ndarray) -> np.ndarray:

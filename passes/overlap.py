@@ -25,9 +25,10 @@ import torch
 from autotp.cost_model.collectives import is_one_call
 from autotp.layouts import Layout
 from autotp.passes.coalesce import Coalesced
-from autotp.passes.moves import Moves, may_hide
+from autotp.passes.moves import Moves
 from autotp.passes.network import Network, Op
 from autotp.passes.pricing import PASSES
+from autotp.passes.sharing import may_hide
 from autotp.plan import AT_ONCE, WHERE_MADE, Bucket, Decision, PlannedMove
 from autotp.sizes import varies
 

@@ -104,7 +104,7 @@ def test_other_version(path):
     "A plan file with a part that is missing or broken",
     """
     PlanError: the plan file is damaged
-      at      file   ValueError('not enough values to unpack (expected 11, got 2)')
+      at      file   ValueError('not enough values to unpack (expected at least 10, got 2)')
       remedy  plan again and save
     """,
 )
