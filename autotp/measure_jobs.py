@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from autotp.axis import DistAxis
 from autotp.layouts import I
+from autotp.optimizers import watch_optimizers
 from autotp.placements import as_dtensor, as_parameter
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -133,6 +134,7 @@ def update_jobs(mesh: DeviceMesh) -> Iterator[Job]:
 
     The key is ("update", parameters, bytes of each).
     """
+    watch_optimizers()  # so that they step as they do in training
     for count, size_bytes in ((SMALL_UPDATES, 32), (1, LADDERS[mesh.device_type].stream_bytes)):
         parameters = [_updated(size_bytes // 4, mesh) for _ in range(count)]
         yield Job(("update", count, size_bytes), torch.optim.AdamW(parameters).step)

@@ -1,35 +1,75 @@
-"""Optimizers that were built before the parameters were distributed: repaired, or refused.
+"""What optimizers do with parameters that were distributed: repaired, and stepped where they lie.
 
 A replaced parameter remembers its successor. Before any optimizer's step a hook puts successors in
 place of what they replaced; an optimizer that already holds state for one is refused.
+
+Optimizers that work element by element then step on the local tensors: the numbers are the same,
+and torch's dispatch of DTensors, several times the work on a small parameter, is spared.
+Parameters, gradients and states are DTensors before and after. Whoever may look in between, a
+closure or another hook, keeps the step on DTensors, and so does any optimizer that is not one of
+ELEMENTWISE. The one module that touches what torch keeps private about optimizers: their hooks.
 """
 
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim import optimizer as torch_optimizer
 
 from autotp.errors import RuntimeStateError
+from autotp.placements import as_part_of, local_part, rests_like
+
+ELEMENTWISE: frozenset[type[Optimizer]] = frozenset(
+    {
+        torch.optim.ASGD,
+        torch.optim.Adadelta,
+        torch.optim.Adagrad,
+        torch.optim.Adam,
+        torch.optim.AdamW,
+        torch.optim.Adamax,
+        torch.optim.NAdam,
+        torch.optim.RAdam,
+        torch.optim.RMSprop,
+        torch.optim.Rprop,
+        torch.optim.SGD,
+    }
+)
+"""The optimizers of torch in which no element of a parameter depends on another."""
+
+SCALARS = frozenset({"eta", "mu", "mu_product", "step"})
+"""What they keep once per parameter, and not per element."""
 
 
 def note_replacement(old: nn.Parameter, new: nn.Parameter) -> None:
     """Remember that `new` stands in place of `old`, and let go of the old one's memory."""
-    _watch_optimizers()
+    watch_optimizers()
     old._autotp_successor = new  # type: ignore[attr-defined]
     if not old.is_meta:
         old.data = old.data.new_empty(0)
 
 
 @functools.cache
-def _watch_optimizers() -> None:
-    register_optimizer_step_pre_hook(_repair)
+def watch_optimizers() -> None:
+    """Look at every optimizer's step, once per process."""
+    torch_optimizer.register_optimizer_step_pre_hook(_before)
+    torch_optimizer.register_optimizer_step_post_hook(_after)
 
 
-def _repair(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    _after(optimizer, args, kwargs)  # a step that raised has left its parameters aside
+    _repair(optimizer)
+    is_alone = len(args) == 1 and not any(kwargs.values()) and not torch.compiler.is_compiling()
+    if is_alone and type(optimizer) in ELEMENTWISE and _is_unwatched(optimizer):
+        _set_aside(optimizer)
+
+
+def _repair(optimizer: Optimizer) -> None:
     """Put successors in place of replaced parameters.
 
     Raises RuntimeStateError if the optimizer has state for one of them.
@@ -45,3 +85,82 @@ def _repair(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
                 remedy="build the optimizer after autotp.parallelize, or before its first step",
             )
         group["params"] = [getattr(p, "_autotp_successor", p) for p in group["params"]]
+
+
+# The step on local tensors -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Aside:
+    """What an optimizer holds between its steps: the parameters of each group, and their states."""
+
+    groups: list[list[Tensor]]
+    states: dict[Tensor, dict[str, Any]]
+
+
+def _is_unwatched(optimizer: Optimizer) -> bool:
+    """Say whether nobody but this module looks at an optimizer within its step."""
+    own = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    hooks = (
+        torch_optimizer._global_optimizer_pre_hooks,
+        torch_optimizer._global_optimizer_post_hooks,
+    )
+    return not own and all(len(found) == 1 for found in hooks)
+
+
+def _set_aside(optimizer: Optimizer) -> None:
+    """Put local tensors in place of parameters, gradients and states, if all rest alike."""
+    groups = [list(group["params"]) for group in optimizer.param_groups]
+    if any(group.get("differentiable") for group in optimizer.param_groups):
+        return
+    if not all(_rests(p, optimizer.state.get(p)) for params in groups for p in params):
+        return
+    aside = _Aside(groups, {})
+    for group, params in zip(optimizer.param_groups, groups, strict=True):
+        group["params"] = [_local(p, optimizer, aside) for p in params]
+    optimizer._autotp_aside = aside  # type: ignore[attr-defined]
+
+
+def _rests(p: Tensor, state: dict[str, Any] | None) -> bool:
+    """Say whether a parameter, its gradient and its state rest alike."""
+    parts = [p, *([] if p.grad is None else [p.grad])]
+    parts += [v for v in (state or {}).values() if isinstance(v, DTensor)]
+    return all(rests_like(t, p) for t in parts)
+
+
+def _local(p: Tensor, optimizer: Optimizer, aside: _Aside) -> Tensor:
+    local = local_part(p)
+    local.grad = None if p.grad is None else local_part(p.grad)
+    state = optimizer.state.pop(p, None)
+    if state is not None:
+        aside.states[p] = state
+        optimizer.state[local] = {
+            k: local_part(v) if isinstance(v, DTensor) else v for k, v in state.items()
+        }
+    return local
+
+
+def _after(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+    """Put parameters and states, as DTensors, back where local tensors stood in for them."""
+    aside: _Aside | None = optimizer.__dict__.pop("_autotp_aside", None)
+    if aside is None:
+        return
+    for group, params in zip(optimizer.param_groups, aside.groups, strict=True):
+        for p, local in zip(params, group["params"], strict=True):
+            local.grad = None
+            state = optimizer.state.pop(local, None)
+            if state is not None:
+                before = aside.states.get(p, {})
+                optimizer.state[p] = {k: _whole(k, v, before, p) for k, v in state.items()}
+        group["params"] = params
+
+
+def _whole(key: str, value: Any, before: dict[str, Any], p: Tensor) -> Any:
+    """Return a state as it rests between steps: the DTensor that it was, or a new one."""
+    was = before.get(key)
+    if isinstance(was, DTensor) and local_part(was) is value:
+        return was
+    is_part = (
+        isinstance(value, Tensor) and key not in SCALARS and value.shape == local_part(p).shape
+    )
+    return as_part_of(value, p) if is_part else value

@@ -74,6 +74,30 @@ def local_tensor(parameter: Tensor) -> Tensor:
     return out
 
 
+def local_part(t: Tensor) -> Tensor:
+    """Return what this rank holds of a DTensor: the tensor itself, which no gradient watches."""
+    assert isinstance(t, DTensor), type(t)
+    return t._local_tensor
+
+
+def rests_like(t: Tensor, parameter: Tensor) -> bool:
+    """Say whether both are DTensors that rest alike, each rank with its own part or the whole."""
+    if not (isinstance(t, DTensor) and isinstance(parameter, DTensor)):
+        return False
+    mine, theirs = t._spec, parameter._spec
+    if mine is not theirs and (mine.mesh, mine.placements) != (theirs.mesh, theirs.placements):
+        return False
+    return not any(p.is_partial() for p in mine.placements)
+
+
+def as_part_of(local: Tensor, parameter: Tensor) -> DTensor:
+    """Return the DTensor that rests like a parameter and of which this rank holds `local`."""
+    assert isinstance(parameter, DTensor), type(parameter)
+    mesh, placements = parameter.device_mesh, parameter.placements
+    shape, stride = parameter.shape, parameter.stride()
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
 def whole(leaf: Any) -> Any:
     """Return a DTensor as a whole tensor, which all ranks must ask for, and all else as it is."""
     return leaf.full_tensor() if isinstance(leaf, DTensor) else leaf
