@@ -200,7 +200,8 @@ def predicted(network: Network, plan: Plan, cluster: Cluster) -> Predicted:
             add(kind, names[axis], times * moves.kind_s(kind, size, axis))
     sent = plan.sent()
     rows = [Sent(*key, s, sent.get(key, Fraction(0))) for key, s in sorted(seconds.items())]
-    compute_s = plan.step_time_s - sum(seconds.values())
+    hidden_s = sum(bucket.hidden_s for bucket in plan.buckets)
+    compute_s = plan.step_time_s + hidden_s - sum(seconds.values())
     return Predicted(compute_s, tuple(rows), plan.memory)
 
 

@@ -231,8 +231,9 @@ class _End(torch.autograd.Function):
             landing = flight.kind.begin_back(present)
             if flight.is_early and not torch.is_anomaly_enabled():
                 flight.back = landing
+                blank = next(iter(present.values())).new_full((), torch.nan)
                 pairs = zip(ctx.shapes, grads, strict=True)
-                back = [g.new_full((), torch.nan).expand(s) for s, g in pairs if g is not None]
+                back = [blank.expand(shape) for shape, g in pairs if g is not None]
             else:
                 back = list(landing())
         return None, None, None, None, *_filled(grads, back)
@@ -259,10 +260,8 @@ class _ToReplicate:
     def begin_back(self, grads: Mapping[int, Tensor]) -> Landing:
         """Begin the sums of gradients over ranks."""
         shapes = [g.shape for g in grads.values()]
-        first = next(iter(grads.values()))
-        buffer = first.new_empty(sum(g.numel() for g in grads.values()))
-        for place, g in zip(_apart(buffer, shapes), grads.values(), strict=True):
-            place.copy_(g)
+        flat = [g.reshape(-1) for g in grads.values()]
+        buffer = torch.cat(flat) if len(flat) > 1 else flat[0].clone()
         finish = self.axis.begin("all_reduce", buffer)
         return lambda: _apart(finish(), shapes)
 
