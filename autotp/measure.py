@@ -14,7 +14,7 @@ import os
 import platform
 import time
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -123,7 +123,10 @@ def measure(effort: Effort, device: torch.device) -> Measured:
     found = clock.repeat(jobs, effort)
     for _, axis in axes:
         _leave(axis)
-    agreed: Measured = from_rank_0(_measured(found, node, _memory_bytes(device, node)))
+    cores = _cores(node) if device.type == "cpu" else 0.0
+    agreed: Measured = from_rank_0(
+        replace(_measured(found, node, _memory_bytes(device, node)), cores=cores)
+    )
     return agreed
 
 
@@ -274,6 +277,14 @@ def ranks_per_node() -> int:
         counts = {len(list(run)) for _, run in groupby(host for _, host in hosts)}
     count = counts.pop()
     return count if not counts and len(hosts) % count == 0 else 1
+
+
+def _cores(node: int) -> float:
+    """Return the cores of a node for each of its ranks, as far as they may use them."""
+    if not hasattr(os, "sched_getaffinity"):
+        return (os.cpu_count() or 1) / node
+    usable = gathered(sorted(os.sched_getaffinity(0)))[:node]
+    return len({core for cores in usable for core in cores}) / node
 
 
 def _memory_bytes(device: torch.device, node: int) -> float:

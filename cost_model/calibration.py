@@ -12,8 +12,8 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from autotp.cost_model.cluster import Cluster, Link
 from autotp.cost_model.link_fit import FASTEST_BYTES_PER_S, Timing, fit_link, way_of
@@ -89,7 +89,10 @@ class Overlap:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What was measured on the ranks of one process group."""
+    """What was measured on the ranks of one process group.
+
+    `cores` are those of a node for each of its ranks, 0 where ranks have devices of their own.
+    """
 
     backend: str
     world_size: int
@@ -101,6 +104,7 @@ class Measured:
     overlap: Overlap | None
     memory_bytes: float
     updates: tuple[UpdateTiming, ...] = ()
+    cores: float = 0.0
 
 
 def typical(repeats: Sequence[float]) -> float:
@@ -122,7 +126,7 @@ def fit(measured: Measured, name: str, clock: Clock = "wall") -> Cluster:
 
     Every rate is what a rank reaches while all others do the same.
     """
-    links = _links(measured, clock)
+    links, measured = _links(measured, clock), _at_once(measured)
     inside = links.get("inside") or links["between"]
     ladders = _ladders(measured.products, clock)
     each_s, update_rate = _updates(measured.updates, clock)
@@ -142,6 +146,33 @@ def fit(measured: Measured, name: str, clock: Clock = "wall") -> Cluster:
         overlap=measured.overlap.share if measured.overlap else 0.0,
         update_s=each_s,
         update_bytes_per_s=update_rate,
+    )
+
+
+def _at_once(measured: Measured) -> Measured:
+    """Return the timings of compute as they are while all ranks of a node compute.
+
+    Where ranks share cores, a sample shorter than the scheduler's slice runs while others wait: its
+    wall clock does not see them. But no rank gets more than its share of the cores.
+    """
+    if not measured.cores:
+        return measured
+
+    def wall(seconds: float, cpu_s: float) -> float:
+        return max(seconds, cpu_s / measured.cores)
+
+    def slowed(timing: Any) -> Any:
+        if isinstance(timing, ProductTiming):
+            first, second, third = map(wall, timing.seconds, timing.cpu_s)
+            return replace(timing, seconds=(first, second, third))
+        return replace(timing, seconds=wall(timing.seconds, timing.cpu_s))
+
+    return replace(
+        measured,
+        products=tuple(map(slowed, measured.products)),
+        streams=tuple(map(slowed, measured.streams)),
+        updates=tuple(map(slowed, measured.updates)),
+        op_overhead=slowed(measured.op_overhead),
     )
 
 

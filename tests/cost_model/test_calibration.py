@@ -72,6 +72,19 @@ def test_every_figure_on_either_clock():
     assert cpu.matmul_flops_per_s("float32") == pytest.approx(1e11)
 
 
+@pytest.mark.parametrize(("cores", "slower"), [(0.0, 1.0), (2.0, 1.0), (0.5, 1.0), (0.1, 5.0)])
+def test_ranks_that_share_cores_take_turns(cores, slower):
+    """A product's CPU-seconds are half of its wall clock's: too many for less than half a core."""
+    alone, shared = fit(measured(), "here"), fit(replace(measured(), cores=cores), "here")
+    assert shared.matmul_flops_per_s("float32") * slower == pytest.approx(
+        alone.matmul_flops_per_s("float32")
+    )
+    rates = [c.memory_bandwidth_bytes_per_s for c in (shared, alone)]
+    assert rates[0] < rates[1] if slower > 1 else rates[0] == rates[1]
+    assert shared.intra == alone.intra  # all ranks took part in these
+    assert fit(replace(measured(), cores=cores), "here", "cpu") == fit(measured(), "here", "cpu")
+
+
 def test_updates_take_so_much_a_parameter_and_for_each_byte():
     small, large = 16 * 3e-4, 3e-4 + 1e-3
     timed = UpdateTiming(16, 32, small, small / 2), UpdateTiming(1, 4 * 10**6, large, large / 2)
