@@ -145,17 +145,24 @@ class Resting:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Peak bytes of one rank."""
+    """Bytes of one rank by what they are for, and the most at once.
+
+    activations   all that backward keeps
+    peak          the most at once, what only lives for a moment included: gradients come as
+                  activations go; 0 where it was not worked out
+    """
 
     parameters: int
     gradients: int
     optimizer: int
     activations: int
+    peak: int = 0
 
     @property
     def total(self) -> int:
-        """All of it."""
-        return self.parameters + self.gradients + self.optimizer + self.activations
+        """The most at once, the sum of all where that is not known."""
+        every = self.parameters + self.gradients + self.optimizer + self.activations
+        return self.peak or every
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,6 +38,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
             plan.memory.gradients,
             plan.memory.optimizer,
             plan.memory.activations,
+            plan.memory.peak,
         ],
         "step_time_s": plan.step_time_s,
         "lower_bound_s": plan.lower_bound_s,

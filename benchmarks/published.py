@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from step_time import GPT
+from shapes import GPT
 
 import autotp
 from autotp.cost_model.published import OPTIMUS_WEAK_SCALING, rtx_5000_nodes

@@ -1,6 +1,7 @@
 """Memory: the bytes that one rank holds at the end of a forward pass of training.
 
     parameter_state_bytes   a parameter, its gradient and its optimizer states
+    adamw_scratch_bytes     what AdamW takes for a moment
     rank_memory             the sums over all local tensors: Memory(...).total_bytes
 
 Counts what lives through a step; not the allocator's slack nor the buffers of a running operator.
@@ -8,7 +9,7 @@ Counts what lives through a step; not the allocator's slack nor the buffers of a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from autotp.cost_model.cluster import Cluster
@@ -61,6 +62,19 @@ def parameter_state_bytes(held: Held, optimizer_states: int = ADAMW_STATES) -> i
     Source: Rajbhandari et al. 2020, "ZeRO", section 3.1, all in the parameter's dtype.
     """
     return held.size_bytes * (2 + optimizer_states if held.trained else 1)
+
+
+def adamw_scratch_bytes(trained: Sequence[int], cluster: Cluster) -> int:
+    """Return what AdamW takes for a moment, given the bytes of each trained parameter.
+
+    On a GPU it updates all at once, and its denominator is as large as all parameters; on a CPU one
+    after the other, the denominator twice while it is divided.
+
+    Source: torch.optim.adamw, _multi_tensor_adamw (_foreach_sqrt) and _single_tensor_adamw.
+    """
+    if cluster.backend == "nccl":
+        return sum(trained)
+    return 2 * max(trained, default=0)
 
 
 def rank_memory(

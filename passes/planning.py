@@ -14,7 +14,7 @@ import numpy as np
 
 from autotp.cost_model.cluster import Cluster
 from autotp.cost_model.collectives import sent_bytes
-from autotp.cost_model.memory import ADAMW_STATES
+from autotp.cost_model.memory import ADAMW_STATES, adamw_scratch_bytes
 from autotp.grid import Grid
 from autotp.layouts import I, Layout
 from autotp.passes.coalesce import coalesce
@@ -22,6 +22,7 @@ from autotp.passes.explain import RunnersUp
 from autotp.passes.factors import Factors
 from autotp.passes.found import ROUNDS, Found, budget, reader, scheduled, solve_within
 from autotp.passes.identity import fingerprint, op_text
+from autotp.passes.lifetimes import peak_bytes
 from autotp.passes.moves import Moves, MoveTable
 from autotp.passes.network import Network, Op, Value
 from autotp.passes.notes import notes_of
@@ -153,6 +154,21 @@ def read_plan(
     moves = moved.moves
     strategies = [tables[op.name].strategies[picks[op.name]] for op in network.ops]
     returned = {o: c for o, c in zip(network.outputs, outputs, strict=True) if o and c}
+    saved = _saved(network, decisions, made, rest, model.moves)
+
+    def local_bytes(value: str, layout: Layout) -> int:
+        v = network.values[value]
+        return model.moves.local_bytes(v.shape, v.dtype, layout)
+
+    at_once = peak_bytes(
+        network,
+        decisions,
+        moves,
+        outputs,
+        rest,
+        local_bytes,
+        adamw_scratch_bytes([r.local_bytes for r in params.values() if r.trained], cluster),
+    )
     return Plan(
         grid=grid,
         cluster=cluster.name,
@@ -166,7 +182,7 @@ def read_plan(
         buckets=moved.buckets,
         dynamic=requirements(program, network, strategies, decisions, moves, returned, grid),
         internal=_internal(network, decisions, grid),
-        memory=_memory(params.values(), _saved(network, decisions, made, rest, model.moves)),
+        memory=_memory(params.values(), saved, at_once),
         step_time_s=solution.cost_s + moved.beyond_s,
         lower_bound_s=solution.lower_bound_s,
         search_s=solution.seconds,
@@ -240,13 +256,15 @@ def _resting(
     return out
 
 
-def _memory(resting: Collection[Resting], saved_bytes: int) -> Memory:
+def _memory(resting: Collection[Resting], saved_bytes: int, at_once: int) -> Memory:
     trained = sum(r.local_bytes for r in resting if r.trained)
+    parameters, states = sum(r.local_bytes for r in resting), ADAMW_STATES * trained
     return Memory(
-        parameters=sum(r.local_bytes for r in resting),
+        parameters=parameters,
         gradients=trained,
-        optimizer=ADAMW_STATES * trained,
+        optimizer=states,
         activations=saved_bytes,
+        peak=parameters + states + at_once,
     )
 
 

@@ -1,0 +1,108 @@
+"""How much does one rank hold at once: the plan's count beside the tensors that live?
+
+For every shape and scheme (`autotp.schemes`), and for what the search picks, rank 0's program runs
+alone, as `autotp dryrun` runs it: two steps, the second watched. Its peak counts parameters, the
+optimizer's states and every tensor that lives between operators; what an operator takes inside
+while it runs is not seen. Prints one line each, and per shape the median error. Writes one JSON.
+
+    OMP_NUM_THREADS=1 python benchmarks/memory.py [--all] [--out memory.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from shapes import SHAPES
+
+import autotp
+from autotp.cost_model.cluster import gloo_loopback
+from autotp.grid import as_grid
+from autotp.live_bytes import LiveBytes
+from autotp.notation import memory_text
+from autotp.options import Options
+from autotp.passes.planning import search_plan
+from autotp.rank_program import alone
+from autotp.reading import inferred
+from autotp.schemes import SCHEMES, pins_of
+from autotp.silent_axis import CopyClock, silent_axes
+
+PICK = "what autotp picks"
+SHORT = ("weight-heavy", "balanced", "wide MLP")
+GRID = as_grid((2, 2))
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Row:
+    """The bytes of one scheme on one shape."""
+
+    shape: str
+    scheme: str
+    predicted: int
+    measured: int
+    by_kind: str
+
+    @property
+    def error(self) -> float:
+        return self.predicted / self.measured - 1
+
+
+def rows_of(shape: str, schemes: list[str]) -> Iterator[Row]:
+    model, inputs = SHAPES[shape].build()
+    found = inferred(model.train(), (), inputs, Options())
+    cluster = replace(gloo_loopback(), memory_bytes=math.inf)
+    values = found[0].flatten_inputs((), inputs)
+    axes = silent_axes(GRID, (0, 0), CopyClock(CPU))
+    for scheme in schemes:
+        try:
+            pins = None if scheme == PICK else pins_of(SCHEMES[scheme], *found, GRID)
+            plan = search_plan(*found, GRID, cluster, pins).plan
+        except autotp.AutotpError as error:
+            print(f"{shape:<17} {scheme:<18} refused: {error.what}")
+            continue
+        rank = alone(found, plan, (0, 0), axes, dict(model.named_buffers()), values, CPU)
+        rank.step()
+        rank.forget_gradients()
+        with LiveBytes() as live:
+            rank.step()
+        held = rank.at_rest - sum(x.nbytes for x in values) + live.peak
+        yield Row(shape, scheme, plan.memory.total, held, memory_text(plan.memory))
+
+
+def line(row: Row) -> str:
+    both = f"{row.predicted / 1e6:9.1f} {row.measured / 1e6:9.1f}"
+    return f"{row.shape:<17} {row.scheme:<18} {both} {row.error:+7.1%}   {row.by_kind}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--all", action="store_true", help="all shapes, not three")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=SHORT)
+    parser.add_argument("--schemes", nargs="+", choices=[*SCHEMES, PICK], default=[*SCHEMES, PICK])
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    rows: list[Row] = []
+    print(f"{'MB of rank 0':<36} predicted  measured   error   predicted, at once and by kind")
+    for shape in [s for s in SHAPES if s != "tiny"] if args.all else args.shapes:
+        mine = []
+        for row in rows_of(shape, list(args.schemes)):
+            print(line(row), flush=True)
+            mine.append(row)
+        print(f"{shape:<17} median error {statistics.median(abs(r.error) for r in mine):.1%}\n")
+        rows += mine
+    print(f"median error of all {statistics.median(abs(r.error) for r in rows):.1%}")
+    if args.out:
+        about = {"torch": torch.__version__, "grid": str(GRID)}
+        body = {"about": about, "rows": [asdict(r) for r in rows]}
+        args.out.write_text(json.dumps(body, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
