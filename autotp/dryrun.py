@@ -165,7 +165,7 @@ def _refuse_rank(rank: int, grid: Grid) -> None:
 def _refuse_too_large(plan: Plan, device: torch.device) -> None:
     """Raise AutotpError where the host's memory would not hold the rank: it would be killed."""
     free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if device.type == "cpu" and plan.memory.total > free_bytes:
+    if device.type == "cpu" and plan.memory.at_once > free_bytes:
         raise _too_large(plan, f"the host has {bytes_text(free_bytes)} free")
 
 

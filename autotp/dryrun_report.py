@@ -117,7 +117,7 @@ class DryRun:
             ("sent", seconds_text(p.sent_s), "", "" if p.sent else "nothing"),
             *((f"  {s.kind} {s.axis}", seconds_text(s.seconds), "", _sent_text(s)) for s in p.sent),
             ("step", seconds_text(plan.step_time_s), seconds_text(self.step_s), STEP),
-            ("memory", bytes_text(p.memory.total), bytes_text(m.peak_bytes), _memory_text(self)),
+            ("memory", bytes_text(p.memory.at_once), bytes_text(m.peak_bytes), _memory_text(self)),
         ]
         widths = [max(len(row[k]) for row in rows) for k in range(3)]
         lines = [

@@ -160,9 +160,13 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """The most at once, the sum of all where that is not known."""
-        every = self.parameters + self.gradients + self.optimizer + self.activations
-        return self.peak or every
+        """All of it, as though it lived together: what budgets are held against."""
+        return self.parameters + self.gradients + self.optimizer + self.activations
+
+    @property
+    def at_once(self) -> int:
+        """The most at once, or all of it where that was not worked out."""
+        return self.peak or self.total
 
 
 @dataclass(frozen=True, slots=True)

@@ -156,7 +156,7 @@ def line(row: dict[str, Any]) -> str:
     p, m = row["predicted"], row["measured"]
     spent = p["compute_s"], m["compute_s"]
     seconds = f"{spent[0]:10.4g} {spent[1]:10.4g} {spent[0] / spent[1]:6.2f}"
-    held, peak = p["memory"]["total"], m["peak_bytes"]
+    held, peak = p["memory"]["peak"], m["peak_bytes"]
     memory = f"{held / 1e9:9.4g} {peak / 1e9:9.4g} {held / peak:6.2f}"
     return f"{head} {seconds}  {memory}  {m['flops'] / m['compute_s'] / 1e12:8.3g}"
 

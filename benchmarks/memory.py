@@ -73,7 +73,7 @@ def rows_of(shape: str, schemes: list[str]) -> Iterator[Row]:
         with LiveBytes() as live:
             rank.step()
         held = rank.at_rest - sum(x.nbytes for x in values) + live.peak
-        yield Row(shape, scheme, plan.memory.total, held, memory_text(plan.memory))
+        yield Row(shape, scheme, plan.memory.at_once, held, memory_text(plan.memory))
 
 
 def line(row: Row) -> str:
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     rows: list[Row] = []
-    print(f"{'MB of rank 0':<36} predicted  measured   error   predicted, at once and by kind")
+    print(f"{'MB of rank 0':<36} predicted  measured   error   all by kind")
     for shape in [s for s in SHAPES if s != "tiny"] if args.all else args.shapes:
         mine = []
         for row in rows_of(shape, list(args.schemes)):

@@ -26,8 +26,8 @@ from autotp.passes.traffic import internal_traffic
 PASSES = 3
 """Forward once, and backward twice as much: the gradients of both operands of a product."""
 
-STATE_COPIES = 1 + ADAMW_STATES
-"""A trained parameter and the optimizer's states: its gradient comes as activations go."""
+STATE_COPIES = 2 + ADAMW_STATES
+"""A trained parameter, its gradient and the optimizer's states."""
 
 RESULT = -1
 """Stands for an op's first result among the positions of what backward keeps."""
