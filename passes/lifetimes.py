@@ -116,9 +116,9 @@ def _read(
             _note(story, story.readers, held, n)
         for held in _kept(network, op, d):
             _note(story, story.savers, held, n)
-    for value, layout in zip(network.outputs, outputs, strict=True):
-        if value and layout is not None:
-            _note(story, story.readers, (value, layout), story.count - 1)
+    for output, returned in zip(network.outputs, outputs, strict=True):
+        if output and returned is not None:
+            _note(story, story.readers, (output, returned), story.count - 1)
     for move in reversed(moves):  # what is moved on is read where that is first read
         if first := story.readers.get(story.origin((move.value, move.after))):
             _note(story, story.readers, (move.value, move.before), first[0])
