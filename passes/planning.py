@@ -43,7 +43,7 @@ from autotp.passes.search.solve import Solution, solve
 from autotp.passes.search_model import Model
 from autotp.passes.strategies import Limits, build_model
 from autotp.passes.traffic import internal_traffic
-from autotp.plan import Decision, Memory, Plan, Resting
+from autotp.plan import Decision, Memory, Plan, PlannedMove, Resting
 from autotp.progress import stage
 from autotp.sizes import examples
 
@@ -155,20 +155,7 @@ def read_plan(
     strategies = [tables[op.name].strategies[picks[op.name]] for op in network.ops]
     returned = {o: c for o, c in zip(network.outputs, outputs, strict=True) if o and c}
     saved = _saved(network, decisions, made, rest, model.moves)
-
-    def local_bytes(value: str, layout: Layout) -> int:
-        v = network.values[value]
-        return model.moves.local_bytes(v.shape, v.dtype, layout)
-
-    at_once = peak_bytes(
-        network,
-        decisions,
-        moves,
-        outputs,
-        rest,
-        local_bytes,
-        adamw_scratch_bytes([r.local_bytes for r in params.values() if r.trained], cluster),
-    )
+    at_once = _at_once(network, decisions, moves, outputs, rest, params, model.moves)
     return Plan(
         grid=grid,
         cluster=cluster.name,
@@ -254,6 +241,26 @@ def _resting(
         dims = tuple(factors.dim_name(name, d) for d in range(len(v.shape)))
         out[fqn] = Resting(layout, v.shape, dtype, held, v.grad, name, dims)
     return out
+
+
+def _at_once(
+    network: Network,
+    decisions: Sequence[Decision],
+    moves: Sequence[PlannedMove],
+    outputs: Sequence[Layout | None],
+    rest: Mapping[str, Layout],
+    params: Mapping[str, Resting],
+    prices: Moves,
+) -> int:
+    """Return the most bytes at one moment, beside parameters and states."""
+
+    def local_bytes(value: str, layout: Layout) -> int:
+        v = network.values[value]
+        return prices.local_bytes(v.shape, v.dtype, layout)
+
+    trained = [r.local_bytes for r in params.values() if r.trained]
+    scratch = adamw_scratch_bytes(trained, prices.cluster)
+    return peak_bytes(network, decisions, moves, outputs, rest, local_bytes, scratch)
 
 
 def _memory(resting: Collection[Resting], saved_bytes: int, at_once: int) -> Memory:
