@@ -77,6 +77,8 @@ class Column:
         return self.distinct[self.which[choice]]
 
 
+Hidden = Mapping[tuple[str, str, str], float]
+
 TIE = 1e-12
 """Share by which ways that cost the same may differ."""
 
@@ -116,12 +118,14 @@ Change = tuple[Turn, np.ndarray, np.ndarray]
 class Moves:
     """Price the moves of values on one grid of one cluster; tables are computed once per shape.
 
-    `shared_bytes` are those of all values that may share calls.
+    `shared_bytes` are those of all values that may share calls, `hidden` the shares of moves that
+    some plan hides, by what moves and by the collectives forward and backward.
     """
 
     grid: Grid
     cluster: Cluster
     shared_bytes: int = 0
+    hidden: Hidden | None = None
     _tables: dict[tuple[object, ...], MoveTable] = field(default_factory=dict)
     _columns: dict[tuple[tuple[Layout, ...], bytes], Column] = field(default_factory=dict)
     _prices: dict[tuple[str, int, int], float] = field(default_factory=dict)
@@ -130,6 +134,10 @@ class Moves:
     )
     _elements: dict[tuple[Shape, Layout], int] = field(default_factory=dict)
     _between: dict[tuple[MoveTable, Column, Column], np.ndarray] = field(default_factory=dict)
+
+    def hiding(self, hidden: Hidden) -> Moves:
+        """Return these prices with moves hidden so much; nothing that was priced is kept."""
+        return Moves(self.grid, self.cluster, self.shared_bytes, hidden, _columns=self._columns)
 
     def column(self, layouts: Iterable[Layout]) -> Column:
         """Return the one column of these layouts."""
@@ -232,14 +240,20 @@ class Moves:
     def best_s(self, kinds: Sequence[str], size_bytes: int, axis: int, what: str) -> float:
         """Return the least that these collectives may take, shared with others and hidden.
 
+        With `hidden`, what they take where they are hidden as much as in some plan.
+
         `what` is "parameter", whose calls may be shared, or "activation".
         """
         forward, backward, again = kinds[0], kinds[-1], len(kinds) > 2
         is_shared = what == "parameter" and may_share(forward, backward, again)
         price = self.share_s if is_shared else self.kind_s
         seconds = sum(price(kind, size_bytes, axis) for kind in kinds)
-        is_hidden = is_shared or may_hide(forward, backward, again)
-        return seconds * (1 - self.cluster.overlap) if is_hidden else seconds
+        if not (is_shared or may_hide(forward, backward, again)):
+            return seconds
+        hidden = self.cluster.overlap
+        if self.hidden is not None:
+            hidden = self.hidden.get((what, forward, backward), 0.0)
+        return seconds * (1 - hidden)
 
     def kind_s(self, kind: str, size_bytes: int, axis: int) -> float:
         """Return the seconds of one collective by its fastest algorithm, or of a local copy."""

@@ -10,6 +10,7 @@ from autotp.passes.moves import AxisTypes, Column, Moves, MoveTable
 from autotp.passes.network import Value
 from autotp.passes.pricing import Table
 from autotp.passes.search.problem import Problem
+from autotp.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,22 @@ class Model:
                 seconds = self.moves.between(table, m.before, m.after)
                 pairs[m.pair] = (*pairs[m.pair][:2], seconds)
         return replace(self, problem=replace(self.problem, pairs=tuple(pairs)), is_best=True)
+
+    def like(self, plan: Plan) -> Model:
+        """Return this model with moves hidden as much, kind by kind, as a plan hides them."""
+        taken: dict[tuple[str, str, str], float] = {}
+        hidden: dict[tuple[str, str, str], float] = {}
+        for m in plan.moves:
+            key = (self._what(m.value), m.forward, m.backward)
+            taken[key] = taken.get(key, 0.0) + m.seconds
+        for b in plan.buckets:
+            key = (self._what(plan.moves[b.moves[0]].value), b.forward, b.backward)
+            hidden[key] = hidden.get(key, 0.0) + b.hidden_s
+        shares = {key: s / taken[key] for key, s in hidden.items() if taken[key]}
+        return replace(self, moves=self.moves.hiding(shares)).best()
+
+    def _what(self, value: str) -> str:
+        return "parameter" if value in self.params else "activation"
 
     def _best(self, value: Value) -> str:
         """Return as what a value's moves may take less than calls of their own, if they may."""

@@ -8,7 +8,7 @@ import autotp
 from autotp import schemes
 from autotp.check import prepare
 from autotp.cost_model.cluster import bandwidth_bound
-from autotp.errors import LayoutError
+from autotp.errors import LayoutError, PinError
 from autotp.late import late, linear_late
 from autotp.plan import AT_ONCE, WHERE_MADE
 from autotp.plan_file import from_json, to_json
@@ -61,6 +61,19 @@ def test_what_is_hidden_is_a_share_of_what_runs_at_once(name, scheme, grid):
     if scheme:  # the same layouts
         apart = planned(name, scheme, grid, APART)
         assert plan.step_time_s < apart.step_time_s and plan.sent() == apart.sent()
+
+
+@pytest.mark.parametrize(
+    ("name", "grid"), [("nanogpt", (2, 2)), ("gpt2", (2, 2)), ("llama", (2, 2))]
+)
+def test_what_is_found_is_no_slower_than_any_scheme(name, grid):
+    best = planned(name, None, grid)
+    for scheme in (schemes.batch_x_tensor, schemes.megatron, schemes.fsdp, schemes.data_parallel):
+        try:
+            plan = planned(name, scheme, grid)
+        except PinError:
+            continue
+        assert best.step_time_s <= plan.step_time_s * 1.001, scheme.__name__
 
 
 def test_nothing_is_hidden_where_nothing_runs_at_once():
