@@ -26,11 +26,13 @@ from autotp.grid import Coords, Grid
 from autotp.layouts import Layout, layout_text, take_shard
 from autotp.numerics import run_checked
 from autotp.passes.capture.hooks import hook_numbers
+from autotp.passes.emit.again import RECALLS
 from autotp.passes.program import Program
 from autotp.placements import as_dtensor, local_tensor, whole
 from autotp.plan import Plan
 from autotp.randomness import agreed_step_seed, refuse_unequal_generators
 from autotp.ranks import digest, refuse_disagreement, together
+from autotp.recall import run_recalled
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +143,8 @@ class ParallelModule(nn.Module):
         compiled, arguments = self._begin(args, kwargs)
         if self._autotp.check_numerics:
             values = run_checked(compiled, arguments, self._autotp.grid)
+        elif RECALLS in compiled.graph_module.meta:
+            values = run_recalled(compiled.graph_module, arguments)
         else:
             values = compiled.graph_module(*arguments)
         return self._end(compiled, arguments, values)

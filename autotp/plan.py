@@ -40,6 +40,7 @@ class Decision:
     free      says that it only renames what it reads, as views do
     flops     of its products on whole tensors, forward
     region    the region under torch.utils.checkpoint in which backward computes it again, if any
+    again     says that backward makes its result again, by itself, instead of keeping it
     """
 
     name: str
@@ -60,6 +61,7 @@ class Decision:
     free: bool = False
     flops: int = 0
     region: str = ""
+    again: bool = False
 
     @property
     def factors(self) -> dict[str, str]:
@@ -78,7 +80,7 @@ class PlannedMove:
     size_bytes   the whole buffer of the collective, on the largest rank
     seconds      its own, or its part of those of the call that it shares with others
     sent         bytes sent per rank, by collective, forward and backward together
-    again        says that it is made once more when backward recomputes what reads it
+    again        says that it is made once more in backward: what it makes is not kept
     by, back_by  the algorithms forward and backward, where not the backend's plain ones
     """
 

@@ -76,6 +76,7 @@ def _decision_data(d: Decision) -> dict[str, Any]:
         "free": d.free,
         "flops": d.flops,
         "region": d.region,
+        "again": d.again,
     }
 
 
@@ -166,6 +167,7 @@ def _read_decision(d: Mapping[str, Any], axes: tuple[str, ...]) -> Decision:
         free=d["free"],
         flops=d["flops"],
         region=d["region"],
+        again=d["again"],
     )
 
 

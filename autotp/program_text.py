@@ -35,7 +35,7 @@ FOLDED = 3
 """Ops in a row that are worth one row together."""
 
 AGAIN = "again in backward"
-"""The mark of an op that lies in a checkpoint region."""
+"""The mark of what backward makes again, by itself or with its checkpoint region."""
 
 BESIDE = " beside the weights' gradients"
 """The mark of a move whose collective in backward runs while products make these."""
@@ -211,7 +211,8 @@ def _likeness(page: _Page, d: Decision) -> tuple[object, ...] | None:
     """Return what ops that share a row have in common, None for an op that stands alone."""
     if d.name in page.placed or len(d.makes) > 1 or any(v in page.params for v in d.reads):
         return None
-    return d.name.rpartition(".")[0], d.choices, d.results, d.shapes, d.dtype, d.region
+    ways = d.region, d.again
+    return d.name.rpartition(".")[0], d.choices, d.results, d.shapes, d.dtype, ways
 
 
 def _rows(page: _Page, run: tuple[Decision, ...]) -> Iterator[Row]:
@@ -246,7 +247,9 @@ def _op_row(page: _Page, run: tuple[Decision, ...]) -> Row:
     type_ += f" x {len(d.makes)}" if len(d.makes) > 1 else ""
     choice, grid = choice_text(d, page.plan.grid), page.plan.grid
     dims = dims_text(d.dims[0], d.shapes[0], d.results[0], grid, page.sizes)
-    return Row(name, type_, call, choice, price, f"{dims}  {AGAIN}" if d.region else dims)
+    return Row(
+        name, type_, call, choice, price, f"{dims}  {AGAIN}" if d.region or d.again else dims
+    )
 
 
 def _verb(d: Decision) -> str:
@@ -265,7 +268,8 @@ def _arrivals(page: _Page, reader: Decision, moves: Sequence[PlannedMove]) -> It
     of_value = {v: [m for m in own if m.value == v] for v in dict.fromkeys(m.value for m in own)}
     for value, chain in of_value.items():
         if any(m.sent for m in chain):
-            like = tuple((m.axis, m.before, m.after, m.forward, m.backward) for m in chain)
+            ways = [(m.axis, m.before, m.after, m.forward, m.backward, m.again) for m in chain]
+            like = tuple(ways)
             chains.setdefault(like, []).append(value)
     for values in chains.values():
         yield _parameters_row(page, [of_value[v] for v in values])
@@ -364,6 +368,7 @@ def _remark(moves: Sequence[PlannedMove]) -> str:
     )
     said = [f"{bytes_text(float(sent))} sent"] if sent else []
     said += dict.fromkeys(f"{m.forward}{_by(m.by)}" for m in moves if m.by)
+    said += [AGAIN] if any(m.again for m in moves) else []
     return ", ".join(said + ([f"backward {', '.join(backward)}"] if backward else []))
 
 

@@ -135,7 +135,7 @@ def _signature(
             (
                 d.name.removeprefix(prefix),
                 (d.op, d.choices, d.split, d.operands, d.results, d.shapes, d.dtype),
-                d.region.removeprefix(prefix),
+                (d.region.removeprefix(prefix), d.again),
                 tuple(slots[v] for v in d.reads),
                 tuple(_move_signature(m, slots) for m in placed.get(d.name, ())),
                 tuple(row[1:] for row in plan.internal if row[0] == d.name),
@@ -145,4 +145,5 @@ def _signature(
 
 
 def _move_signature(m: PlannedMove, slots: Mapping[str, Hashable]) -> Hashable:
-    return slots[m.value], m.axis, m.before, m.after, m.forward, m.backward, m.size_bytes
+    ends = m.axis, m.before, m.after, m.forward, m.backward
+    return slots[m.value], ends, m.size_bytes, m.again

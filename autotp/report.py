@@ -17,7 +17,7 @@ from autotp.errors import PlanError
 from autotp.formula import formula_text, layer_formula, repeated_layer, symbol_sizes
 from autotp.notation import bytes_text, choice_text, memory_text, seconds_text, type_text
 from autotp.plan import Alternative, Plan
-from autotp.program_text import bucket_lines, program_lines
+from autotp.program_text import AGAIN, bucket_lines, program_lines
 from autotp.repeats import Section, place_moves, sections
 
 
@@ -132,7 +132,18 @@ def _again_text(plan: Plan) -> str:
     """Name the checkpoint regions, which backward computes again, layers that are alike once."""
     layers = [s for s in sections(plan, place_moves(plan)) if s.name]
     names = dict.fromkeys(_pattern(f"{d.region}.", layers)[:-1] for d in plan if d.region)
-    return f"{', '.join(names)}: computed again in backward (checkpoint)" if names else ""
+    regions = f"{', '.join(names)}: computed again in backward (checkpoint)" if names else ""
+    return "; ".join(text for text in (regions, _repeated_text(plan)) if text)
+
+
+def _repeated_text(plan: Plan) -> str:
+    """Say how much backward makes again by itself: what is not in a checkpoint region."""
+    ops = [d for d in plan if d.again]
+    inside = {v for d in plan if d.region for v in d.reads}
+    moves = [m for m in plan.moves if m.again and m.value not in inside]
+    found = [(len(ops), "op"), (len(moves), "move")]
+    counts = " and ".join(f"{n} {word}{'s' * (n > 1)}" for n, word in found if n)
+    return f"{counts} made again in backward instead of kept" if counts else ""
 
 
 # Explanations ------------------------------------------------------------------------------------
@@ -183,8 +194,9 @@ def explain(plan: Plan, name: str) -> Explanation:
             at=[(name, choice_text(decision, plan.grid))],
             remedy="plan the model again: autotp.plan(model, grid, example_inputs).explain(name)",
         )
+    choice = choice_text(decision, plan.grid)
     chosen = Alternative(
-        choice_text(decision, plan.grid),
+        f"{choice}, {AGAIN}" if decision.again else choice,
         plan.step_time_s,
         Fraction(plan.comm_bytes),
         plan.memory_bytes,

@@ -27,7 +27,7 @@ from autotp.passes.capture.model import capture
 from autotp.passes.choices import AxisChoice, Typing, axis_choices, split_ways
 from autotp.passes.factors import Factors, infer_factors
 from autotp.passes.network import Network, Op, read_network
-from autotp.passes.pins import fits, matches
+from autotp.passes.pins import BACKWARD, fits, matches
 from autotp.passes.program import Program
 from autotp.passes.strategies import can_rest, is_owned
 from autotp.reading import split_inputs
@@ -61,11 +61,13 @@ class Scheme:
     rest   "read": as their op reads them, invariant where it reads them whole
            "blocks": a weight also on the axis along which its op gathers it
            "sharded": on every axis that can shard them
+    again  whether backward gathers them again instead of keeping what forward gathered
     """
 
     first: Role
     others: Role
     rest: str = "read"
+    again: bool = False
 
     def role(self, axis: int, axes: int) -> Role:
         """Return the role of an axis; a grid of one axis is the last."""
@@ -76,6 +78,7 @@ SCHEMES: dict[str, Scheme] = {
     "batch_x_tensor": Scheme(BATCH, TENSOR),
     "data_parallel": Scheme(BATCH, BATCH),
     "fsdp": Scheme(BATCH, BATCH, rest="sharded"),
+    "fsdp_again": Scheme(BATCH, BATCH, rest="sharded", again=True),
     "megatron": Scheme(TENSOR, TENSOR),
     "megatron_sp": Scheme(TENSOR_SEQUENCE, TENSOR_SEQUENCE),
     "ring_attention": Scheme(BATCH, RING),
@@ -95,12 +98,14 @@ def data_parallel(model: nn.Module, grid: Any, example_inputs: Any) -> Pins:
     return scheme_pins("data_parallel", model, grid, example_inputs)
 
 
-def fsdp(model: nn.Module, grid: Any, example_inputs: Any) -> Pins:
+def fsdp(model: nn.Module, grid: Any, example_inputs: Any, again: bool = False) -> Pins:
     """Return the pins that split the batch, and gather each sharded parameter where it is used.
+
+    With `again` what was gathered is not kept: backward gathers it once more, as FSDP does.
 
     Source: Rajbhandari et al. 2020, "ZeRO", stage 3.
     """
-    return scheme_pins("fsdp", model, grid, example_inputs)
+    return scheme_pins("fsdp_again" if again else "fsdp", model, grid, example_inputs)
 
 
 def megatron(model: nn.Module, grid: Any, example_inputs: Any) -> Pins:
@@ -180,6 +185,8 @@ def pins_of(
     types = {op: {a: c for a, (c, _) in by_axis.items()} for op, by_axis in chosen.items()}
     for value, fqn in program.params.items():
         pins[fqn] = _rest(scheme.rest, value, types, anatomy, grid)
+        if scheme.again:
+            pins[fqn] |= {BACKWARD: "again"}
     return fold({name: pin for name, pin in pins.items() if pin}, list(program.names.values()))
 
 

@@ -19,6 +19,7 @@ from autotp.axis import Axis, run_ranks
 from autotp.grid import Coords, Grid
 from autotp.layouts import I, Layout, P, assemble, take_shard
 from autotp.passes.capture.regions import fold_regions
+from autotp.passes.emit.again import remember
 from autotp.passes.emit.codegen import emit
 from autotp.passes.network import Network
 from autotp.passes.program import Program
@@ -78,7 +79,10 @@ def run_grid(
         params = local_params(plan, state, rank)
         own = leaves(inputs)
         values = placeholder_values(program, params, state, own)
-        outputs = execute(rank, module, values) if execute else fold_regions(module)(*values)
+        if execute is None:
+            outputs = fold_regions(remember(module, network))(*values)
+        else:
+            outputs = execute(rank, module, values)
         run_backward(outputs, backward and _local_gradients(plan, backward, coords))
         grads = {name: p.grad for name, p in params.items() if p.requires_grad}
         grads |= {n: x.grad for n, x in zip(program.inputs, own, strict=True) if x.requires_grad}

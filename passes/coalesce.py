@@ -71,7 +71,7 @@ def coalesce(
     for bucket in buckets:
         for n in bucket.moves:
             out[n] = _in_bucket(moves[n], bucket, network, planned)
-    searched = [_best_s(m, planned, rest) if at_best else m.seconds for m in moves]
+    searched = [searched_s(m, planned, rest, at_best) for m in moves]
     beyond_s = sum(m.seconds - s for m, s in zip(out, searched, strict=True))
     buckets.sort(key=lambda b: b.moves)
     return Coalesced(tuple(out), tuple(buckets), beyond_s)
@@ -148,6 +148,11 @@ def _in_bucket(m: PlannedMove, bucket: Bucket, network: Network, planned: Moves)
     sent = sent_of(runs, m.size_bytes, ranks, network.values[m.value].dtype.itemsize)
     seconds = bucket.seconds * share
     return replace(m, seconds=seconds, sent=sent, by=bucket.by, back_by=bucket.back_by)
+
+
+def searched_s(m: PlannedMove, planned: Moves, rest: Mapping[str, Layout], at_best: bool) -> float:
+    """Return what the search took a move to cost."""
+    return _best_s(m, planned, rest) if at_best else m.seconds
 
 
 def _best_s(m: PlannedMove, planned: Moves, rest: Mapping[str, Layout]) -> float:

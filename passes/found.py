@@ -1,14 +1,19 @@
 """The plan that the search finds: within the memory of a rank, and once moves are scheduled.
 
 The search counts neither what several layouts of one value hold together, nor which moves share a
-call, nor what they run beside. So each solution is read as a plan, which does: `solve_within` asks
-again for less memory until the plan fits, `scheduled` asks once more with each move at the least
-that it may take, then with each hidden as in the faster plan, and returns the fastest.
+call, nor what they run beside. So each solution is read as a plan, which does: `scheduled` asks
+once more with each move at the least that it may take, then with each hidden as in the faster plan,
+and returns the fastest; `solve_within` asks for less memory until the plan fits.
+
+A plan fits by layouts that need less, and by making again in backward what is over the limit
+(`passes.again`). Layouts are searched at several budgets between the limit, where all is kept, and
+none: each is optimal for its budget, and what is made again for its layouts. That the two are
+chosen one after the other is what the gap states: the bound is the cost of the cheapest layouts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,6 +28,12 @@ from autotp.plan import Memory, Plan
 
 ROUNDS = 10
 """How often a smaller plan is asked for, where none is small enough."""
+
+SHARES = (0.75, 0.5, 0.25)
+"""Of what the cheapest layouts need beyond the limit, what is left for backward to make again."""
+
+NEAR = 2e-3
+"""Share of its time that a plan may be from the bound for no other to be tried."""
 
 TIE = 1e-3
 """Share by which a plan must be faster to be taken before one whose layers are more alike."""
@@ -96,23 +107,51 @@ def reader(read: Callable[[Solution], Plan]) -> Callable[[Solution], Plan]:
 def solve_within(
     problem: Problem, limit: float | None, read: Callable[[Solution], Plan], rounds: int = ROUNDS
 ) -> Solution:
-    """Return the cheapest solution whose plan needs at most `limit` bytes.
-
-    The search counts a value that several ops keep in different layouts once; the plan counts each.
-    What that adds is taken from the budget, until the plan fits.
+    """Return the cheapest solution found whose plan needs at most `limit` bytes.
 
     Raises BudgetError where no plan fits.
     """
     if limit is None:
         return solve(problem)
-    found = _fitting(problem, limit, read)
-    if found is None:
+    best, best_s, spent_s, bound_s = None, np.inf, 0.0, 0.0
+    for found in _tried(problem, limit, read, SHARES if rounds else ()):
+        if not np.isfinite(found.cost_s):
+            return found
+        spent_s, bound_s = spent_s + found.seconds, bound_s or found.lower_bound_s
+        plan = read(found)
+        if plan.memory.total <= limit and plan.step_time_s < best_s:
+            best, best_s = found, plan.step_time_s
+        if best_s <= bound_s * (1 + NEAR):
+            break
+    if best is None:
         raise _over_budget(limit, _least(problem, read, rounds))
-    return found
+    return replace(best, seconds=spent_s, lower_bound_s=bound_s)
+
+
+def _tried(
+    problem: Problem, limit: float, read: Callable[[Solution], Plan], shares: Sequence[float]
+) -> Iterator[Solution]:
+    """Yield the cheapest layouts, then the cheapest that need less and less."""
+    found = solve(problem)
+    yield found
+    over = found.memory_bytes - limit
+    for share in shares:
+        if over > 0:
+            try:
+                yield solve(problem, limit + share * over)
+            except BudgetError:
+                break
+    fitting = _fitting(problem, limit, read)
+    if fitting is not None:
+        yield fitting
 
 
 def _fitting(problem: Problem, limit: float, read: Callable[[Solution], Plan]) -> Solution | None:
-    """Return the cheapest solution found whose plan needs at most `limit` bytes."""
+    """Return the cheapest solution found whose plan needs at most `limit` bytes.
+
+    The search counts a value that several ops keep in different layouts once; the plan counts each.
+    What that adds is taken from the budget, until the plan fits.
+    """
     asked, spent_s, bound_s = limit, 0.0, None
     while True:
         try:

@@ -165,6 +165,8 @@ class _Program:
         x, weight = PRODUCTS.get(op.call.op, (0, 0))
         if not weight or op.call.kwargs or op.operands[x] != value:
             return False
+        if any(m.again and m.value == op.operands[weight] for m in self.moves):
+            return False  # what makes its gradient late would hold it
         return op.operands[weight] in self.rest and self.network.values[op.operands[weight]].grad
 
     def readers(self, m: PlannedMove) -> list[int]:

@@ -4,6 +4,9 @@
     {"transformer.h.*.mlp.c_fc.weight": {"col": "S(1)"}}    a parameter's resting type on an axis:
                                                             I, S(d), or S for any dim
 
+    {"transformer.h.*.mlp.act": {"backward": "again"}}      what backward makes again, or does not:
+                                                            "keep" (passes.again)
+
 A pattern with wildcards pins ops where it wants a factor, R or P, parameters where it wants a type
 S, and both where it wants I. A pattern that matches nothing of its kind, an axis that the grid
 lacks and a choice that a matched op does not have are refused together, with the legal values.
@@ -27,6 +30,10 @@ from autotp.passes.network import Network, Op
 from autotp.passes.program import Program
 
 Pins = Mapping[str, Mapping[str, str]]
+
+
+BACKWARD, BACKWARD_WORDS = "backward", ("again", "keep")
+"""What stands in an axis's place in pins of what backward finds, and what they may say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +133,25 @@ def _fewest(pins: Sequence[Pin], allowed: Sequence[set[int]]) -> tuple[Pin, ...]
     sets = (c for n in range(1, len(pins) + 1) for c in itertools.combinations(range(len(pins)), n))
     found = next(c for c in sets if not set.intersection(*(allowed[k] for k in c)))
     return tuple(pins[k] for k in found)
+
+
+def layout_pins(pins: Pins, grid: Grid) -> Pins:
+    """Return the pins of layouts; an axis of that name takes the word from backward."""
+    if BACKWARD in grid.names:
+        return pins
+    return {p: {axis: w for axis, w in on.items() if axis != BACKWARD} for p, on in pins.items()}
+
+
+def backward_pins(pins: Pins, grid: Grid) -> dict[str, str]:
+    """Return the pins of what backward finds, by pattern. Raises PinError for other words."""
+    if BACKWARD in grid.names:
+        return {}
+    found = {p: on[BACKWARD] for p, on in pins.items() if BACKWARD in on}
+    at = [(p, f"backward: {w!r}") for p, w in found.items() if w not in BACKWARD_WORDS]
+    if at:
+        legal = " or ".join(map(repr, BACKWARD_WORDS))
+        raise PinError("backward cannot do what is pinned", at=at, remedy=f"pin {legal}")
+    return found
 
 
 @functools.cache
@@ -229,13 +255,16 @@ def as_pins(pins: Sequence[Pin]) -> dict[str, dict[str, str]]:
 
 
 __all__ = [
+    "BACKWARD",
     "Pin",
     "PinFilter",
     "Pins",
+    "backward_pins",
     "check_pins",
     "contradiction",
     "fits",
     "irreducible",
+    "layout_pins",
     "matches",
     "refuse_misfits",
 ]

@@ -6,7 +6,7 @@ holds no fx node, so that it can be saved, sent to other ranks and compared.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -17,25 +17,29 @@ from autotp.cost_model.collectives import sent_bytes
 from autotp.cost_model.memory import ADAMW_STATES, adamw_scratch_bytes
 from autotp.grid import Grid
 from autotp.layouts import I, Layout
-from autotp.passes.coalesce import coalesce
+from autotp.passes.again import Again, Asked, Prices, choose
+from autotp.passes.coalesce import Coalesced, coalesce, searched_s
 from autotp.passes.explain import RunnersUp
 from autotp.passes.factors import Factors
 from autotp.passes.found import ROUNDS, Found, budget, reader, scheduled, solve_within
 from autotp.passes.identity import fingerprint, op_text
+from autotp.passes.kept import Copy, read_copies
 from autotp.passes.lifetimes import peak_bytes
-from autotp.passes.moves import Moves, MoveTable
+from autotp.passes.moves import Moves
 from autotp.passes.network import Network, Op, Value
 from autotp.passes.notes import notes_of
 from autotp.passes.overlap import overlap
 from autotp.passes.pins import (
     PinFilter,
     Pins,
+    backward_pins,
     check_pins,
     contradiction,
     irreducible,
+    layout_pins,
     refuse_misfits,
 )
-from autotp.passes.pricing import RESULT, Table, needed_positions, typing_of
+from autotp.passes.pricing import Table, repeat_s
 from autotp.passes.program import Program
 from autotp.passes.requirements import requirements
 from autotp.passes.schedule import needs_of, schedule
@@ -77,7 +81,8 @@ def search_plan(
 
     Raises PinError, and BudgetError where no plan fits the memory of a rank.
     """
-    pins = pins or {}
+    backward = backward_pins(pins or {}, grid)
+    pins = layout_pins(pins or {}, grid)
     check_pins(pins, grid, program, network)
     fixed = {node: rest[fqn] for node, fqn in program.params.items() if rest and fqn in rest}
     count = len(program.outputs) if sharded_outputs else 0
@@ -91,7 +96,8 @@ def search_plan(
         return model
 
     def found_in(model: Model) -> Found:
-        read = reader(lambda s: read_plan(program, network, factors, model, s, grid, cluster))
+        given = program, network, factors, model
+        read = reader(lambda s: read_plan(*given, s, grid, cluster, backward))
         solution = solve_within(model.problem, budget(cluster), read, 0 if quick else ROUNDS)
         return Found(model, solution, read)
 
@@ -124,16 +130,17 @@ def read_plan(
     solution: Solution,
     grid: Grid,
     cluster: Cluster,
+    backward: Mapping[str, str] | None = None,
 ) -> Plan:
-    """Return the choices of a solution as a Plan."""
+    """Return a solution as a Plan; `backward` pins what is made again, beside what must fit."""
     chosen = list(zip(model.variables, solution.choice, strict=True))
     picks = {v.name: k for v, k in chosen if v.kind == "op"}
     tables = {v.name: v.table for v, _ in chosen if v.kind == "op"}
     copies = {v.name: v.table.results[0][k] for v, k in chosen if v.kind == "copy"}
     rest = {v.name: v.table.results[0][k] for v, k in chosen if v.kind == "rest"}
+    given = (program, network, factors)
     decisions = tuple(
-        _decision(program, network, factors, op, tables[op.name], picks[op.name], grid)
-        for op in network.ops
+        _decision(*given, op, tables[op.name], picks[op.name], grid) for op in network.ops
     )
     whole = (I,) * len(grid.sizes)
     sources = {s: rest.get(s, whole) for s in network.sources}
@@ -143,25 +150,24 @@ def read_plan(
         for o in network.outputs
     )
     needs = needs_of(network, decisions, sources, copies, outputs)
-    move_tables: dict[str, MoveTable] = {
-        v: model.table_of(network.values[v]) for v in needs if v in model.types
-    }
-    params = _resting(program, network, factors, model, rest, whole)
+    move_tables = {v: model.table_of(network.values[v]) for v in needs if v in model.types}
+    params = _resting(*given, model, rest, whole)
     resting = {r.value: r.layout for r in params.values()}
+    asked = Asked(_left(params.values(), budget(cluster)), backward or {})
     apart = schedule(network, needs, move_tables, model.moves)
-    moved = coalesce(apart, resting, network, model.moves, model.is_best)
-    moved = overlap(moved, resting, network, decisions, model.moves)
+    returned = {o: c for o, c in zip(network.outputs, outputs, strict=True) if o and c}
+    copies_ = read_copies(network, decisions, apart, sources, rest, returned, model.moves)
+    again = choose(copies_, _prices(network, tables, picks, model), _namer(program, network), asked)
+    moved = _moved(apart, again, resting, network, decisions, model)
     moves = moved.moves
     strategies = [tables[op.name].strategies[picks[op.name]] for op in network.ops]
-    returned = {o: c for o, c in zip(network.outputs, outputs, strict=True) if o and c}
-    saved = _saved(network, decisions, made, rest, model.moves)
     at_once = _at_once(network, decisions, moves, outputs, rest, params, model.moves)
     return Plan(
         grid=grid,
         cluster=cluster.name,
         train=program.train,
         model=fingerprint(program),
-        decisions=decisions,
+        decisions=again.decisions,
         params=params,
         copies=copies,
         outputs=outputs,
@@ -169,13 +175,31 @@ def read_plan(
         buckets=moved.buckets,
         dynamic=requirements(program, network, strategies, decisions, moves, returned, grid),
         internal=_internal(network, decisions, grid),
-        memory=_memory(params.values(), saved, at_once),
+        memory=_memory(params.values(), again, at_once),
         step_time_s=solution.cost_s + moved.beyond_s,
         lower_bound_s=solution.lower_bound_s,
         search_s=solution.seconds,
         method=solution.method,
         unruled=tuple(network.unruled.items()),
     )
+
+
+def _moved(
+    apart: Sequence[PlannedMove],
+    again: Again,
+    resting: Mapping[str, Layout],
+    network: Network,
+    decisions: Sequence[Decision],
+    model: Model,
+) -> Coalesced:
+    """Return the moves as they are called, and by how much the search of `apart` erred."""
+    moved = coalesce(again.moves, resting, network, model.moves, model.is_best)
+    moved = overlap(moved, resting, network, decisions, model.moves)
+    before_s, after_s = (
+        sum(searched_s(m, model.moves, resting, model.is_best) for m in moves)
+        for moves in (apart, again.moves)
+    )
+    return replace(moved, beyond_s=moved.beyond_s + again.ops_s + (after_s - before_s))
 
 
 def _decision(
@@ -243,6 +267,13 @@ def _resting(
     return out
 
 
+def _left(resting: Collection[Resting], limit: float | None) -> float | None:
+    """Return what parameters, gradients and the optimizer's states leave of a limit."""
+    trained = sum(r.local_bytes for r in resting if r.trained)
+    state = sum(r.local_bytes for r in resting) + (1 + ADAMW_STATES) * trained
+    return None if limit is None else limit - state
+
+
 def _at_once(
     network: Network,
     decisions: Sequence[Decision],
@@ -263,49 +294,41 @@ def _at_once(
     return peak_bytes(network, decisions, moves, outputs, rest, local_bytes, scratch)
 
 
-def _memory(resting: Collection[Resting], saved_bytes: int, at_once: int) -> Memory:
+def _memory(resting: Collection[Resting], again: Again, at_once: int) -> Memory:
+    """Return the memory of a rank; what is made again is taken off the most that is at once."""
     trained = sum(r.local_bytes for r in resting if r.trained)
     parameters, states = sum(r.local_bytes for r in resting), ADAMW_STATES * trained
     return Memory(
         parameters=parameters,
         gradients=trained,
         optimizer=states,
-        activations=saved_bytes,
-        peak=parameters + states + at_once,
+        activations=again.held_bytes,
+        peak=parameters + states + max(trained, at_once - again.freed_bytes),
     )
 
 
-def _saved(
-    network: Network,
-    decisions: Sequence[Decision],
-    made: Mapping[str, Layout],
-    rest: Mapping[str, Layout],
-    moves: Moves,
-) -> int:
-    """Return the bytes that backward keeps: of each value once per layout, not of what rests so.
+def _prices(
+    network: Network, tables: Mapping[str, Table], picks: Mapping[str, int], model: Model
+) -> Prices:
+    """Return what it costs to make again."""
 
-    Of a checkpoint region what enters it is kept as it was made; when backward recomputes one, all
-    that it needs of this one is there as well: the largest is counted.
-    """
-    kept: set[tuple[str, Layout]] = set()
-    inner: dict[str, set[tuple[str, Layout]]] = {}
-    for op, d in zip(network.ops, decisions, strict=True):
-        needed = {
-            (op.results[0], d.results[0])
-            if slot == RESULT
-            else (op.operands[slot], d.operands[slot])
-            for slot in needed_positions(op, typing_of(network, op))
-        }
-        if op.region:
-            inner.setdefault(op.region, set()).update(needed)
-            needed = {(op.operands[k], made[op.operands[k]]) for k in op.enters}
-        kept |= needed
+    def op_s(n: int) -> float:
+        op = network.ops[n]
+        return repeat_s(op, tables[op.name], picks[op.name], model.moves)
 
-    def held(saved: Collection[tuple[str, Layout]]) -> int:
-        values = [(network.values[v], c) for v, c in saved if rest.get(v) != c]
-        return sum(moves.local_bytes(v.shape, v.dtype, c) for v, c in values)
+    return Prices(op_s, model.moves)
 
-    return held(kept) + max((held(needed - kept) for needed in inner.values()), default=0)
+
+def _namer(program: Program, network: Network) -> Callable[[Copy], list[str]]:
+    """Return what names a copy for pins: the path of a parameter, or of the op that made it."""
+    made_by = {v: op.name for op in network.ops for v in op.results}
+
+    def names_of(copy: Copy) -> list[str]:
+        value, _ = copy
+        known = program.params.get(value) or program.names.get(made_by.get(value, ""))
+        return [known] if known else []
+
+    return names_of
 
 
 def _internal(

@@ -132,6 +132,18 @@ def _arithmetic(op: Op, strategies: Strategies, moved: np.ndarray, moves: Moves)
     return seconds
 
 
+def repeat_s(op: Op, table: Table, pick: int, moves: Moves) -> float:
+    """Return the seconds of running an op forward once more, as its choice says."""
+    layouts = [column[pick] for column in (*table.operands, *table.results)]
+    tensors = [*(t for t in op.call.operands if t), *op.call.results]
+    moved = sum(
+        moves.local_bytes(t.shape, t.dtype, c) for t, c in zip(tensors, layouts, strict=True)
+    )
+    one = table.strategies.keep([pick]) if table.strategies else None
+    assert one is not None
+    return float(_arithmetic(op, one, np.array([float(moved)]), moves)[0])
+
+
 def _sending(op: Op, strategies: Strategies, training: bool, moves: Moves) -> np.ndarray:
     """Return the seconds of what the program of an op sends itself, by strategy."""
     out = np.zeros(len(strategies))

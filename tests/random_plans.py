@@ -47,15 +47,16 @@ class Plans:
                 subject.network, subject.factors, grid, self.cluster, subject.program.params
             )
 
-    def random(self, seed):
-        """Return a legal plan, the same for the same seed."""
-        return self.of(random_choice(self.model.problem, random.Random(seed)), overlap=seed % 2 / 2)
+    def random(self, seed, backward=None):
+        """Return a legal plan, the same for the same seed; `backward` pins what it makes again."""
+        choice = random_choice(self.model.problem, random.Random(seed))
+        return self.of(choice, seed % 2 / 2, backward)
 
     def best(self):
         """Return the cheapest plan."""
         return self.of(solve(self.model.problem).choice)
 
-    def of(self, choice, overlap=0.0):
+    def of(self, choice, overlap=0.0, backward=None):
         """Return the plan in which every variable takes the numbered choice."""
         moves = replace(self.model.moves, cluster=replace(self.cluster, overlap=overlap))
         model = replace(self.model, moves=moves)
@@ -66,7 +67,8 @@ class Plans:
             self.subject.network,
             self.subject.factors,
         )
-        return read_plan(program, network, factors, model, solution, self.grid, self.cluster)
+        found = program, network, factors, model, solution
+        return read_plan(*found, self.grid, self.cluster, backward)
 
 
 def random_plan(subject, grid, seed):

@@ -34,6 +34,7 @@ RUNTIME = {
     "random_programs",
     "randomness",
     "ranks",
+    "recall",
     "recompute",
     "routing",
     "split_attention",

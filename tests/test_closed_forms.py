@@ -1,7 +1,8 @@
 """A layer under each scheme sends what its formula says, as an identity of symbols.
 
-g is 2, not 3: autograd keeps what forward gathered. The formulas count T h and h^2: layers have no
-bias and no norm weights, and the row statistics of a split norm (T terms) are not among the moves.
+g is 2 where autograd keeps what forward gathered, and 3 where backward gathers it again. The
+formulas count T h and h^2: layers have no bias and no norm weights, and the row statistics of a
+split norm (T terms) are not among the moves.
 """
 
 import functools
@@ -36,17 +37,19 @@ def described(layers):
     return program, network, infer_factors(network, program.inputs)
 
 
-def volume(layers, scheme, grid, ranks):
+def volume(layers, scheme, grid, ranks, more=None):
     """Return the elements that the moves of a plan send, in symbols, `ranks` naming the axes."""
     program, network, factors = described(layers)
     pins = schemes.pins_of(schemes.SCHEMES[scheme], program, network, factors, grid)
+    pins = {**pins, **(more or {})}
     plan = search_plan(program, network, factors, grid, bandwidth_bound(), pins).plan
     found = []
     for move in plan.moves:
         size = sympy.prod(SYMBOLS[k] for k in network.values[move.value].shape)
         for axis, kind in zip(grid.names, move.before, strict=True):
             size /= ranks[axis] if axis != move.axis and str(kind).startswith("S") else 1
-        found += [(kind, size, ranks[move.axis]) for kind in (move.forward, move.backward)]
+        kinds = [move.forward] * (1 + move.again) + [move.backward]
+        found += [(kind, size, ranks[move.axis]) for kind in kinds]
     return sent_volume(found)
 
 
@@ -59,6 +62,8 @@ FORMULAS = [
     ("batch_x_tensor", (4, 2), (a, p / a), cf.batch_tensor()),
     ("fsdp", (1, 4), (1, p), cf.fully_sharded(g=2)),
     ("fsdp", (2, 2), (r, c), cf.fully_sharded(r * c, g=2)),
+    ("fsdp_again", (1, 4), (1, p), cf.fully_sharded(g=3)),
+    ("fsdp_again", (2, 2), (r, c), cf.fully_sharded(r * c, g=3)),
     ("data_parallel", (1, 4), (1, p), cf.batch_tensor(a=p, n=1)),
     ("ring_attention", (1, 4), (1, p), cf.batch_tensor(a=p, n=1)),  # beside the ring
 ]
@@ -70,6 +75,23 @@ def test_a_layer_sends_what_the_formula_says(scheme, sizes, names, formula):
     ranks = dict(zip(grid.names, names, strict=True))
     layer = volume(3, scheme, grid, ranks) - volume(2, scheme, grid, ranks)
     assert sympy.simplify(layer - formula) == 0
+
+
+AGAIN = {"*": {"backward": "again"}}
+
+
+@pytest.mark.parametrize(
+    ("scheme", "formula"),
+    [
+        ("summa", cf.summa_ab(g=3)),
+        # the gradient of what fc2 scatters is gathered once, for both of its operands
+        ("summa_abt", cf.summa_abt(g=3) - (q - 1) / q**2 * b * s * h),
+    ],
+)
+def test_summa_sends_what_the_formula_says_where_backward_gathers_again(scheme, formula):
+    grid, ranks = as_grid((2, 2)), {"row": q, "col": q}
+    layer = volume(3, scheme, grid, ranks, AGAIN) - volume(2, scheme, grid, ranks, AGAIN)
+    assert sympy.simplify(sympy.nsimplify(layer, tolerance=1e-9) - formula) == 0
 
 
 def test_a_ring_sends_what_its_formula_says():
