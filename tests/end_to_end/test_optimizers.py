@@ -36,7 +36,10 @@ def assert_alike(mine, theirs):
     if isinstance(mine, DTensor):
         assert (mine.placements, mine.shape) == (theirs.placements, theirs.shape)
         mine, theirs = mine.to_local(), theirs.to_local()
-    assert torch.equal(mine, theirs) if isinstance(mine, torch.Tensor) else mine == theirs
+    if isinstance(mine, torch.Tensor):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-14)
+    else:
+        assert mine == theirs
 
 
 @on_ranks(*GRIDS)
@@ -137,4 +140,24 @@ def test_a_step_that_raises_leaves_an_optimizer_that_steps(grid):
     optimizer.param_groups[0]["lr"] = 0.01
     stepped(model, inputs, optimizer, 1)
     assert all(isinstance(p, DTensor) for p in optimizer.param_groups[0]["params"])
+
+
+@on_ranks((2, 2))
+def test_the_fused_kernel_is_taken_where_the_choice_was_left(grid):
+    model, inputs = parallel(grid)
+    for options, expected in (({}, True), ({"foreach": False}, None), ({"fused": False}, False)):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, **options)
+        inside = []
+        original = torch.optim.AdamW.step.__wrapped__
+
+        def step(self, *args, original=original, inside=inside):
+            inside.append(self.param_groups[0]["fused"])
+            return original(self, *args)
+
+        patch = pytest.MonkeyPatch()
+        with patch.context() as m:
+            m.setattr(torch.optim.AdamW, "step", optimizer.profile_hook_step(step))
+            stepped(model, inputs, optimizer, 2)
+        assert inside == [expected] * 2
+        assert optimizer.param_groups[0]["fused"] == options.get("fused")
     assert optimizers._Aside not in map(type, vars(optimizer).values())
