@@ -132,11 +132,19 @@ def _add_moved(c: Copies, numbers: Iterable[int]) -> None:
             c.makers[after] = Maker((root,), move=n)
 
 
+def renames(op: Op) -> bool:
+    """Say whether an op returns a view of what it reads, or that itself: an idle dropout does."""
+    if op.call.op is not torch.ops.aten.dropout.default:
+        return bool(op.rule.free)
+    _, p, train = op.call.args
+    return not train or p == 0
+
+
 def _add_made(c: Copies, n: int, op: Op, d: Decision) -> None:
     """Add what an op makes."""
     read = [c.roots[copy] for copy in zip(op.operands, d.operands, strict=True)]
     made = list(zip(op.results, d.results, strict=True))
-    if op.rule.free and read:
+    if renames(op) and read:
         c.roots.update(dict.fromkeys(made, read[0]))
         return
     c.roots.update({copy: copy for copy in made})

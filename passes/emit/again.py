@@ -22,7 +22,7 @@ from torch._ops import OpOverload
 from autotp.passes.capture.names import numbered
 from autotp.passes.capture.regions import REGION
 from autotp.passes.emit.together_calls import is_shared, source_of
-from autotp.passes.kept import ALIASES
+from autotp.passes.kept import ALIASES, renames
 from autotp.passes.network import Network, Op, is_getitem
 from autotp.passes.pricing import RESULT, needed_positions, typing_of
 from autotp.recall import Recipe, recalled
@@ -140,8 +140,8 @@ class _Writer:
         op, move = node.meta.get("op"), node.meta.get("move")
         if move is not None:
             return self._of([source_of(node)]) if move.forward in ALIASES else ()
-        renames = is_getitem(node) or (op is not None and op.rule.free)
-        return self._of(node.all_input_nodes) if renames else ()
+        is_same = is_getitem(node) or (op is not None and renames(op))
+        return self._of(node.all_input_nodes) if is_same else ()
 
     def _of(self, nodes: Iterable[fx.Node]) -> Recipes:
         return tuple(dict.fromkeys(r for n in nodes for r in self.makes.get(n, ())))
