@@ -11,7 +11,7 @@ by which algorithm. Every rank gets the same bits of a sum: it is made once, or 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -20,10 +20,16 @@ from torch.nn.functional import pad
 
 
 class Raw(Protocol):
-    """The raw collectives of an axis, as its backend runs them."""
+    """The raw collectives of an axis, as its backend runs them; `landed` waits for what started."""
 
     size: int
     index: int
+
+    def landed(self, x: Tensor, op: str) -> Tensor:
+        """Return `x` once what was started on it is done."""
+        ...
+
+    def _start_all_to_all(self, x: Tensor, send: list[int], receive: list[int]) -> Tensor: ...
 
     def _all_gather(self, x: Tensor) -> Tensor: ...
 
@@ -59,9 +65,43 @@ def permuted(axis: Raw, x: Tensor, by: int) -> Tensor:
 
     An all-to-all in which all but one message are empty.
     """
+    return axis._all_to_all(x.reshape(-1), *_round(axis, x.numel(), by)).reshape(x.shape)
+
+
+def _round(axis: Raw, count: int, by: int) -> tuple[list[int], list[int]]:
+    """Return how many elements go to each rank, and come from each, round the ring."""
     send, receive = [0] * axis.size, [0] * axis.size
-    send[(axis.index + by) % axis.size] = receive[(axis.index - by) % axis.size] = x.numel()
-    return axis._all_to_all(x.reshape(-1), send, receive).reshape(x.shape)
+    send[(axis.index + by) % axis.size] = receive[(axis.index - by) % axis.size] = count
+    return send, receive
+
+
+def blocks_of_ring(axis: Raw, x: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Yield every rank's `x` with its index, this rank's first; the next comes in meanwhile."""
+    block = x
+    for step in range(axis.size):
+        is_last = step == axis.size - 1
+        ends = _round(axis, x.numel(), 1)
+        coming = None if is_last else axis._start_all_to_all(block.reshape(-1), *ends)
+        yield (axis.index - step) % axis.size, block
+        if coming is not None:
+            block = axis.landed(coming, PERMUTE).reshape(x.shape)
+
+
+def sum_on_ring(axis: Raw, make: Callable[[int], Tensor]) -> Tensor:
+    """Return the sum over ranks of `make(this rank's index)`; what others want is made on the way.
+
+    A sum goes round and every rank adds its term to it, which it makes while the sum comes in.
+    """
+    total = make((axis.index - 1) % axis.size).contiguous()
+    for step in range(1, axis.size):
+        ends = _round(axis, total.numel(), 1)
+        coming = axis._start_all_to_all(total.reshape(-1), *ends)
+        term = make((axis.index - 1 - step) % axis.size)
+        total = axis.landed(coming, PERMUTE).reshape(total.shape) + term
+    return total
+
+
+PERMUTE = "permute"
 
 
 def _gather_by_exchange(axis: Raw, x: Tensor) -> Tensor:

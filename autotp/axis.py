@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any, TypeVar
 
@@ -21,7 +21,14 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from autotp.algorithms import gather, permuted, reduce, scatter
+from autotp.algorithms import (
+    blocks_of_ring,
+    gather,
+    permuted,
+    reduce,
+    scatter,
+    sum_on_ring,
+)
 from autotp.cost_model.collectives import OTHERS, is_one_call, sent_bytes, wire_bytes_by
 from autotp.errors import RuntimeStateError
 from autotp.grid import Coords, Grid
@@ -106,6 +113,17 @@ class Axis(ABC):
         out: Tensor = getattr(self, kind)(x, by=by)
         return lambda: out
 
+    def ring_gather(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Yield every rank's `x` with its index as it comes in, by permutes."""
+        self._count("all_gather", x, x.nbytes * self.size, "ring")
+        return blocks_of_ring(self, x)
+
+    def ring_scatter(self, make: Callable[[int], Tensor]) -> Tensor:
+        """Return the sum over ranks of what `make` gives for this one's index, by permutes."""
+        out = sum_on_ring(self, make)
+        self._count("reduce_scatter", out, out.nbytes * self.size, "ring")
+        return out
+
     def all_to_all(
         self,
         x: Tensor,
@@ -143,6 +161,10 @@ class Axis(ABC):
 
     @abstractmethod
     def _all_to_all(self, x: Tensor, send: list[int], receive: list[int]) -> Tensor: ...
+
+    def _begin_permute(self, x: Tensor, send: list[int], receive: list[int]) -> Finish:
+        out = self._all_to_all(x, send, receive)
+        return lambda: out
 
 
 # Real ranks ------------------------------------------------------------------------------------
@@ -188,6 +210,13 @@ class DistAxis(Axis):
         start = getattr(_FUNCTIONAL, op + "_" * (kind == "all_reduce"))  # that one in place
         out = self._or_lost(op, lambda: start(given, *rest, self.group_name))
         return lambda: self._ended(kind, self._or_lost(op, lambda: _wait(out)), by)
+
+    def _begin_permute(self, x: Tensor, send: list[int], receive: list[int]) -> Finish:
+        if x.is_complex() or torch.compiler.is_compiling():
+            return super()._begin_permute(x, send, receive)
+        start = _FUNCTIONAL.all_to_all_single
+        out = self._or_lost("permute", lambda: start(x, receive, send, self.group_name))
+        return lambda: self._or_lost("permute", lambda: _wait(out))
 
     def _started(self, kind: str, x: Tensor, by: str = "") -> tuple[Any, ...]:
         """Return torch's op of a kind and its arguments."""

@@ -31,6 +31,7 @@ RUNTIME = {
     "local_programs",
     "local_statistics",
     "parts",
+    "products",
     "random_programs",
     "randomness",
     "ranks",
