@@ -20,16 +20,16 @@ from torch.nn.functional import pad
 
 
 class Raw(Protocol):
-    """The raw collectives of an axis, as its backend runs them; `landed` waits for what started."""
+    """The raw collectives of an axis, as its backend runs them; what is begun returns its end."""
 
     size: int
     index: int
 
-    def landed(self, x: Tensor, op: str) -> Tensor:
-        """Return `x` once what was started on it is done."""
-        ...
+    def _count(self, kind: str, x: Tensor, size_bytes: int | None = None, by: str = "") -> None: ...
 
-    def _start_all_to_all(self, x: Tensor, send: list[int], receive: list[int]) -> Tensor: ...
+    def _begin_permute(
+        self, x: Tensor, send: list[int], receive: list[int]
+    ) -> Callable[[], Tensor]: ...
 
     def _all_gather(self, x: Tensor) -> Tensor: ...
 
@@ -75,33 +75,31 @@ def _round(axis: Raw, count: int, by: int) -> tuple[list[int], list[int]]:
     return send, receive
 
 
-def blocks_of_ring(axis: Raw, x: Tensor) -> Iterator[tuple[int, Tensor]]:
+def ring_gather(axis: Raw, x: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Yield every rank's `x` with its index, this rank's first; the next comes in meanwhile."""
-    block = x
+    axis._count("all_gather", x, x.nbytes * axis.size, "ring")
+    ends, block = _round(axis, x.numel(), 1), x
     for step in range(axis.size):
         is_last = step == axis.size - 1
-        ends = _round(axis, x.numel(), 1)
-        coming = None if is_last else axis._start_all_to_all(block.reshape(-1), *ends)
+        end = None if is_last else axis._begin_permute(block.reshape(-1), *ends)
         yield (axis.index - step) % axis.size, block
-        if coming is not None:
-            block = axis.landed(coming, PERMUTE).reshape(x.shape)
+        if end is not None:
+            block = end().reshape(x.shape)
 
 
-def sum_on_ring(axis: Raw, make: Callable[[int], Tensor]) -> Tensor:
+def ring_scatter(axis: Raw, make: Callable[[int], Tensor]) -> Tensor:
     """Return the sum over ranks of `make(this rank's index)`; what others want is made on the way.
 
     A sum goes round and every rank adds its term to it, which it makes while the sum comes in.
     """
     total = make((axis.index - 1) % axis.size).contiguous()
+    axis._count("reduce_scatter", total, total.nbytes * axis.size, "ring")
+    ends = _round(axis, total.numel(), 1)
     for step in range(1, axis.size):
-        ends = _round(axis, total.numel(), 1)
-        coming = axis._start_all_to_all(total.reshape(-1), *ends)
+        end = axis._begin_permute(total.reshape(-1), *ends)
         term = make((axis.index - 1 - step) % axis.size)
-        total = axis.landed(coming, PERMUTE).reshape(total.shape) + term
+        total = end().reshape(total.shape) + term
     return total
-
-
-PERMUTE = "permute"
 
 
 def _gather_by_exchange(axis: Raw, x: Tensor) -> Tensor:

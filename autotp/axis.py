@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any, TypeVar
 
@@ -21,14 +21,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from autotp.algorithms import (
-    blocks_of_ring,
-    gather,
-    permuted,
-    reduce,
-    scatter,
-    sum_on_ring,
-)
+from autotp.algorithms import gather, permuted, reduce, scatter
 from autotp.cost_model.collectives import OTHERS, is_one_call, sent_bytes, wire_bytes_by
 from autotp.errors import RuntimeStateError
 from autotp.grid import Coords, Grid
@@ -112,17 +105,6 @@ class Axis(ABC):
         """
         out: Tensor = getattr(self, kind)(x, by=by)
         return lambda: out
-
-    def ring_gather(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Yield every rank's `x` with its index as it comes in, by permutes."""
-        self._count("all_gather", x, x.nbytes * self.size, "ring")
-        return blocks_of_ring(self, x)
-
-    def ring_scatter(self, make: Callable[[int], Tensor]) -> Tensor:
-        """Return the sum over ranks of what `make` gives for this one's index, by permutes."""
-        out = sum_on_ring(self, make)
-        self._count("reduce_scatter", out, out.nbytes * self.size, "ring")
-        return out
 
     def all_to_all(
         self,

@@ -197,7 +197,7 @@ def predicted(network: Network, plan: Plan, cluster: Cluster) -> Predicted:
         trained = network.values[op.results[0]].grad
         inside = internal_traffic(op, d.split, d.operands, d.results, plan.grid, trained)
         for axis, kind, size, times in inside:
-            add(kind, names[axis], times * moves.kind_s(kind, size, axis))
+            add(kind, names[axis], times * moves.plain_s(kind, size, axis))
     sent = plan.sent()
     rows = [Sent(*key, s, sent.get(key, Fraction(0))) for key, s in sorted(seconds.items())]
     hidden_s = sum(bucket.hidden_s for bucket in plan.buckets)

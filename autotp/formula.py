@@ -157,7 +157,8 @@ def _formula(plan: Plan, names: frozenset[str] | None, unit: str) -> tuple[Expr,
 
 
 def _collectives(symbols: _Symbols, m: PlannedMove, unit: str) -> list[tuple[str, Expr, Expr]]:
-    ways = [way for way in ((m.forward, m.by), (m.backward, m.back_by)) if way[0] not in FREE]
+    made = [(m.forward, m.by)] * (1 + m.again) + [(m.backward, m.back_by)]
+    ways = [way for way in made if way[0] not in FREE]
     if not ways or not m.sent:
         return []
     value = symbols.values.get(m.value)

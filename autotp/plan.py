@@ -82,6 +82,7 @@ class PlannedMove:
     sent         bytes sent per rank, by collective, forward and backward together
     again        says that it is made once more in backward: what it makes is not kept
     by, back_by  the algorithms forward and backward, where not the backend's plain ones
+    schedule     "ring" or "panels" where the product beside it makes the move block by block
     """
 
     value: str
@@ -97,6 +98,7 @@ class PlannedMove:
     again: bool = False
     by: str = ""
     back_by: str = ""
+    schedule: str = ""
 
 
 AT_ONCE, WHERE_MADE = "", "*"

@@ -84,7 +84,7 @@ def _move_data(m: PlannedMove) -> list[Any]:
     sent = [[kind, str(size)] for kind, size in m.sent]
     ends = [layout_text(m.before), layout_text(m.after)]
     kinds = [m.forward, m.backward]
-    numbers, ways = [m.size_bytes, m.seconds], [m.by, m.back_by]
+    numbers, ways = [m.size_bytes, m.seconds], [m.by, m.back_by, m.schedule]
     return [m.value, m.of, m.axis, *ends, *kinds, *numbers, sent, m.again, *ways]
 
 

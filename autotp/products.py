@@ -11,8 +11,8 @@
 The product is `x @ weight + bias`; `transposed` says that the weight is [o, i], as a linear's.
 A factor is gathered or scattered in blocks that all ranks have alike: dims divide evenly. Backward
 runs the dual in the same way: the gradient of what was gathered is scattered, that of what was
-scattered is gathered. A ring sums in another order on every rank, so that no sum that ranks must have
-alike may be one of its terms.
+scattered is gathered. A ring sums in another order on every rank: a sum that ranks must have alike
+is not made on it.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from autotp.algorithms import ring_gather, ring_scatter
 from autotp.axis import Axis
-from autotp.collectives import Place, all_gather, reduce_scatter
+from autotp.collectives import Place, all_gather
 from autotp.liveness import caller
 
 Schedule = Literal["ring", "panels"]
@@ -179,7 +180,7 @@ class _Blocks:
 
     def _parts(self, x: Tensor, dim: int) -> Tensor:
         length = x.shape[dim] // (self.ranks * self.panels)
-        return x.unflatten(dim, (self.ranks, self.panels, length))
+        return _cut(x, dim, (self.ranks, self.panels, length))
 
 
 @dataclass(slots=True)
@@ -218,13 +219,18 @@ class _Sum:
         return self.out
 
 
+def _cut(x: Tensor, dim: int, sizes: tuple[int, ...]) -> Tensor:
+    """Return a view in which a dim is cut into several."""
+    return x.view(*x.shape[:dim], *sizes, *x.shape[dim + 1 :])
+
+
 # What goes round, and panels ---------------------------------------------------------------------
 
 
 def _gathered(x: Tensor, axis: Axis, dim: int, by: Schedule) -> Iterator[tuple[int, Tensor]]:
     """Yield the blocks of a gathered dim and their numbers; the next comes in meanwhile."""
     if by == "ring":
-        yield from axis.ring_gather(x.contiguous())
+        yield from ring_gather(axis, x.contiguous())
         return
     panels = panels_of(x.shape[dim])
     for k, part in enumerate(x.chunk(panels, dim)):
@@ -237,12 +243,12 @@ def _scattered(
 ) -> Tensor:
     """Return this rank's block of the sum over ranks of what `make` makes of every block."""
     if by == "ring":
-        return axis.ring_scatter(make)
+        return ring_scatter(axis, make)
     parts = []
     for k in range(panels):
         value = make(k)
         length = value.shape[dim] // axis.size
-        wire = value.unflatten(dim, (axis.size, length)).movedim(dim, 0)
+        wire = _cut(value, dim, (axis.size, length)).movedim(dim, 0)
         parts.append(axis.reduce_scatter(wire))
     return torch.cat(parts, dim)
 
@@ -279,7 +285,8 @@ class _GatherMatmul(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight, whole = ctx.saved_tensors
-        axis, p, by = ctx.axis, ctx.p, ctx.by
+        p: _Product = ctx.p
+        axis, by = ctx.axis, ctx.by
         if torch.is_grad_enabled():  # to be differentiated again: by the plain move
             pair = [all_gather(x, axis, p.dim), weight]
             if p.moved == "weight":
@@ -361,14 +368,13 @@ class _MatmulScatter(torch.autograd.Function):
             for n, (dim, need) in enumerate(zip(dims, needs, strict=True))
         ]
         for k, g in _gathered(grad, axis, p.dim, by):
-            made = (
-                lambda: p.grad_x(g, blocks.take(weight, p.w_dim, k)),
-                lambda: p.grad_weight(g, blocks.take(x, p.x_dim, k)),
-                lambda: g.reshape(-1, g.shape[-1]).sum(0),
-            )
-            for total, make in zip(sums, made, strict=True):
-                if total is not None:
-                    total.add(k, make())
+            for_x, for_weight, for_bias = sums
+            if for_x:
+                for_x.add(k, p.grad_x(g, blocks.take(weight, p.w_dim, k)))
+            if for_weight:
+                for_weight.add(k, p.grad_weight(g, blocks.take(x, p.x_dim, k)))
+            if for_bias:
+                for_bias.add(k, g.reshape(-1, g.shape[-1]).sum(0))
         return *(t and t.result() for t in sums), None, None, None, None
 
 

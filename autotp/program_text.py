@@ -369,6 +369,7 @@ def _remark(moves: Sequence[PlannedMove]) -> str:
     said = [f"{bytes_text(float(sent))} sent"] if sent else []
     said += dict.fromkeys(f"{m.forward}{_by(m.by)}" for m in moves if m.by)
     said += [AGAIN] if any(m.again for m in moves) else []
+    said += dict.fromkeys(f"within the product{_by(m.schedule)}" for m in moves if m.schedule)
     return ", ".join(said + ([f"backward {', '.join(backward)}"] if backward else []))
 
 

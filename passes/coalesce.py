@@ -58,6 +58,7 @@ def coalesce(
         m = moves[n]
         if (
             may_share(m.forward, m.backward, m.again)
+            and not m.schedule
             and planned.grid.sizes[planned.grid.axis(m.axis)] > 1
         ):
             key = (m.axis, m.forward, m.backward, network.values[m.value].dtype, before[n])

@@ -137,7 +137,12 @@ class _Program:
         taken = {n for b in buckets for n in b.moves}
         for n, m in enumerate(self.moves):
             ranks = self.planned.grid.sizes[self.planned.grid.axis(m.axis)]
-            if n in taken or ranks == 1 or not may_hide(m.forward, m.backward, m.again):
+            if (
+                n in taken
+                or m.schedule
+                or ranks == 1
+                or not may_hide(m.forward, m.backward, m.again)
+            ):
                 continue
             if self.rest.get(m.value) == m.before or self.feeds_products(m):
                 ways = m.axis, m.forward, m.backward

@@ -40,9 +40,11 @@ from autotp.passes.pins import (
     refuse_misfits,
 )
 from autotp.passes.pricing import Table, repeat_s
+from autotp.passes.products import Wanted, fuse, legal, nothing_wanted
 from autotp.passes.program import Program
 from autotp.passes.requirements import requirements
 from autotp.passes.schedule import needs_of, schedule
+from autotp.passes.schedule_pins import split_schedules
 from autotp.passes.search.solve import Solution, solve
 from autotp.passes.search_model import Model
 from autotp.passes.strategies import Limits, build_model
@@ -81,8 +83,9 @@ def search_plan(
 
     Raises PinError, and BudgetError where no plan fits the memory of a rank.
     """
-    backward = backward_pins(pins or {}, grid)
-    pins = layout_pins(pins or {}, grid)
+    pins, wanted = split_schedules(pins or {}, grid)
+    backward = backward_pins(pins, grid)
+    pins = layout_pins(pins, grid)
     check_pins(pins, grid, program, network)
     fixed = {node: rest[fqn] for node, fqn in program.params.items() if rest and fqn in rest}
     count = len(program.outputs) if sharded_outputs else 0
@@ -97,7 +100,7 @@ def search_plan(
 
     def found_in(model: Model) -> Found:
         given = program, network, factors, model
-        read = reader(lambda s: read_plan(*given, s, grid, cluster, backward))
+        read = reader(lambda s: read_plan(*given, s, grid, cluster, backward, wanted))
         solution = solve_within(model.problem, budget(cluster), read, 0 if quick else ROUNDS)
         return Found(model, solution, read)
 
@@ -113,6 +116,7 @@ def search_plan(
     ops = {program.names[op.name]: op.name for op in network.ops}
     runners_up = RunnersUp(found.model, found.solution, ops, budget(cluster), found.read)
     with stage("schedule"):
+        wanted.refuse_unmet(found.plan)
         notes = notes_of(program, network, factors, grid)
         plan = replace(found.plan, alternatives=runners_up, notes=notes)
     return Planned(plan, network, factors, found.model, found.solution)
@@ -131,8 +135,12 @@ def read_plan(
     grid: Grid,
     cluster: Cluster,
     backward: Mapping[str, str] | None = None,
+    wanted: Wanted = nothing_wanted,
 ) -> Plan:
-    """Return a solution as a Plan; `backward` pins what is made again, beside what must fit."""
+    """Return a solution as a Plan; `backward` pins what is made again, beside what must fit.
+
+    `wanted` asks for schedules of products.
+    """
     chosen = list(zip(model.variables, solution.choice, strict=True))
     picks = {v.name: k for v, k in chosen if v.kind == "op"}
     tables = {v.name: v.table for v, _ in chosen if v.kind == "op"}
@@ -158,7 +166,10 @@ def read_plan(
     returned = {o: c for o, c in zip(network.outputs, outputs, strict=True) if o and c}
     copies_ = read_copies(network, decisions, apart, sources, rest, returned, model.moves)
     again = choose(copies_, _prices(network, tables, picks, model), _namer(program, network), asked)
-    moved = _moved(apart, again, resting, network, decisions, model)
+    pairs = legal(network, again.decisions, again.moves, copies, outputs, model.moves)
+    fused = fuse(network, again.decisions, again.moves, pairs, model.moves, wanted)
+    busy = [replace(d, seconds=0.0) if n in fused.busy else d for n, d in enumerate(decisions)]
+    moved = _moved(apart, replace(again, moves=fused.moves), resting, network, busy, model)
     moves = moved.moves
     strategies = [tables[op.name].strategies[picks[op.name]] for op in network.ops]
     at_once = _at_once(network, decisions, moves, outputs, rest, params, model.moves)

@@ -23,6 +23,7 @@ from autotp.passes.capture.draws import draws
 from autotp.passes.capture.regions import note_region
 from autotp.passes.capture.size_nodes import is_size
 from autotp.passes.emit.emitter import Emitter, attribute, node_name, note
+from autotp.passes.emit.fused import emit_product, move_within
 from autotp.passes.emit.moving import begin_before, enter_region, fetch
 from autotp.passes.emit.products import fetch_operands
 from autotp.passes.emit.sites import CALLERS, Sites, unread
@@ -116,6 +117,9 @@ def _number(e: Emitter, node: fx.Node) -> Any:
 
 def _emit_op(e: Emitter, node: fx.Node, op: Op, decision: Decision) -> None:
     begin_before(e, decision.name)
+    if within := move_within(e, op, decision):
+        emit_product(e, node, op, decision, within)
+        return
     operands, late = fetch_operands(e, op, decision)
     args, kwargs = substitute(node, operands, lambda n: _number(e, n))
     whole = replace(op.call, args=args, kwargs=kwargs)

@@ -17,6 +17,7 @@ from autotp.grid import Grid
 from autotp.late import late
 from autotp.layouts import MOVES, Layout, Move, is_valid, kind, layout_text, may_change
 from autotp.passes.choices import AxisChoice, Typing, axis_choices
+from autotp.passes.emit.fused import FUSED, as_multiplied, product_problems
 from autotp.passes.emit.move_calls import TARGETS
 from autotp.passes.emit.products import LATE, weight_of
 from autotp.passes.emit.together_calls import BEGIN, END, SHARED, is_shared, source_of
@@ -49,6 +50,10 @@ def _op_problems(
         return []
     results = node.meta.get("results") or (node.meta["layout"],)
     operands = tuple(n.meta["layout"] for n in node.meta["operands"])
+    if node.target in FUSED:
+        if wrong := product_problems(node, network, grid):
+            return wrong
+        operands, results = as_multiplied(node, operands, results, grid)
     if op.name not in legal:
         typing = Typing.of(
             [network.values[v] for v in op.operands], [network.values[v] for v in op.results]

@@ -171,6 +171,7 @@ class Checked(fx.Interpreter):
             target, kwargs = ALIKE[call.target], {}
             if "dims" in call.kwargs:
                 kwargs = {"dim": call.kwargs["dims"][number], "to": call.kwargs["to"]}
+        kwargs = {k: v for k, v in kwargs.items() if k not in ("by", "back_by")}
         return MOVES[target.__name__](x, self.groups[move.axis], **kwargs)
 
     def plain(self, node, args, kwargs):
