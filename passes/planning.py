@@ -137,10 +137,7 @@ def read_plan(
     backward: Mapping[str, str] | None = None,
     wanted: Wanted = nothing_wanted,
 ) -> Plan:
-    """Return a solution as a Plan; `backward` pins what is made again, beside what must fit.
-
-    `wanted` asks for schedules of products.
-    """
+    """Return a solution as a Plan; pins say what backward makes again, and how products move."""
     chosen = list(zip(model.variables, solution.choice, strict=True))
     picks = {v.name: k for v, k in chosen if v.kind == "op"}
     tables = {v.name: v.table for v, _ in chosen if v.kind == "op"}
@@ -160,16 +157,13 @@ def read_plan(
     needs = needs_of(network, decisions, sources, copies, outputs)
     move_tables = {v: model.table_of(network.values[v]) for v in needs if v in model.types}
     params = _resting(*given, model, rest, whole)
-    resting = {r.value: r.layout for r in params.values()}
     asked = Asked(_left(params.values(), budget(cluster)), backward or {})
     apart = schedule(network, needs, move_tables, model.moves)
     returned = {o: c for o, c in zip(network.outputs, outputs, strict=True) if o and c}
     copies_ = read_copies(network, decisions, apart, sources, rest, returned, model.moves)
     again = choose(copies_, _prices(network, tables, picks, model), _namer(program, network), asked)
-    pairs = legal(network, again.decisions, again.moves, copies, outputs, model.moves)
-    fused = fuse(network, again.decisions, again.moves, pairs, model.moves, wanted)
-    busy = [replace(d, seconds=0.0) if n in fused.busy else d for n, d in enumerate(decisions)]
-    moved = _moved(apart, replace(again, moves=fused.moves), resting, network, busy, model)
+    again, idle = _within_products(network, again, copies, outputs, model, wanted)
+    moved = _moved(apart, again, {r.value: r.layout for r in params.values()}, network, idle, model)
     moves = moved.moves
     strategies = [tables[op.name].strategies[picks[op.name]] for op in network.ops]
     at_once = _at_once(network, decisions, moves, outputs, rest, params, model.moves)
@@ -193,6 +187,22 @@ def read_plan(
         method=solution.method,
         unruled=tuple(network.unruled.items()),
     )
+
+
+def _within_products(
+    network: Network,
+    again: Again,
+    copies: Mapping[str, Layout],
+    outputs: Sequence[Layout | None],
+    model: Model,
+    wanted: Wanted,
+) -> tuple[Again, list[Decision]]:
+    """Return the moves that products make as asked, and the ops as they are idle beside others."""
+    pairs = legal(network, again.decisions, again.moves, copies, outputs, model.moves)
+    fused = fuse(network, again.decisions, again.moves, pairs, model.moves, wanted)
+    ops = enumerate(again.decisions)
+    idle = [replace(d, seconds=0.0) if n in fused.busy else d for n, d in ops]
+    return replace(again, moves=fused.moves), idle
 
 
 def _moved(
