@@ -139,14 +139,13 @@ def read_plan(
 ) -> Plan:
     """Return a solution as a Plan; pins say what backward makes again, and how products move."""
     chosen = list(zip(model.variables, solution.choice, strict=True))
+    tables = {v.name: v.table for v in model.variables if v.kind == "op"}
     picks = {v.name: k for v, k in chosen if v.kind == "op"}
-    tables = {v.name: v.table for v, _ in chosen if v.kind == "op"}
     copies = {v.name: v.table.results[0][k] for v, k in chosen if v.kind == "copy"}
     rest = {v.name: v.table.results[0][k] for v, k in chosen if v.kind == "rest"}
-    given = (program, network, factors)
-    decisions = tuple(
-        _decision(*given, op, tables[op.name], picks[op.name], grid) for op in network.ops
-    )
+    given = program, network, factors
+    chosen_in = ((op, tables[op.name], picks[op.name]) for op in network.ops)
+    decisions = tuple(_decision(*given, *found, grid) for found in chosen_in)
     whole = (I,) * len(grid.sizes)
     sources = {s: rest.get(s, whole) for s in network.sources}
     made = {**sources, **{v: c for d in decisions for v, c in zip(d.makes, d.results, strict=True)}}
@@ -165,7 +164,7 @@ def read_plan(
     again, idle = _within_products(network, again, copies, outputs, model, wanted)
     moved = _moved(apart, again, {r.value: r.layout for r in params.values()}, network, idle, model)
     moves = moved.moves
-    strategies = [tables[op.name].strategies[picks[op.name]] for op in network.ops]
+    ways = [tables[op.name].strategies[picks[op.name]] for op in network.ops]
     at_once = _at_once(network, decisions, moves, outputs, rest, params, model.moves)
     return Plan(
         grid=grid,
@@ -178,7 +177,7 @@ def read_plan(
         outputs=outputs,
         moves=moves,
         buckets=moved.buckets,
-        dynamic=requirements(program, network, strategies, decisions, moves, returned, grid),
+        dynamic=requirements(program, network, ways, decisions, moves, returned, grid),
         internal=_internal(network, decisions, grid),
         memory=_memory(params.values(), again, at_once),
         step_time_s=solution.cost_s + moved.beyond_s,
