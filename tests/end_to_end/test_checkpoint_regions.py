@@ -146,7 +146,8 @@ def test_a_plan_shows_what_is_computed_again_and_keeps_it(tmp_path):
         assert loaded == plan and {d.region for d in loaded} == {d.region for d in plan}
         texts[call] = str(loaded)
     again = [line for line in texts["kept"].splitlines() if "again in backward" in line]
-    *ops, total = again
+    *lines, total = again
+    ops = [line for line in lines if "->" not in line]  # what enters a block moves again in it
     assert "again" not in texts["plain"]
     assert ops and not any(re.match(" *(stem|head)", line) for line in ops)
     assert any(re.match(" *norm:.*layer_norm", line) for line in ops)

@@ -180,7 +180,7 @@ def test_pins_need_a_grid():
     """
     BudgetError: no grid of 4 ranks has a plan that fits 2 kB per rank
       at      grid 4     2.75 kB at least
-      at      grid 2x2   2.75 kB at least
+      at      grid 2x2   3.52 kB at least
       remedy  a budget of 2752 bytes or more: cluster.memory_bytes=2752
       remedy  more ranks, a smaller batch, or fewer trained parameters
     """,
