@@ -15,36 +15,19 @@ import copy
 import json
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from gauges import Spent, spend
-from shapes import SHAPES, Inputs
-from torch import nn
+from shapes import SHAPES
+from variants import training_step
 
 import autotp
 from autotp import schemes
 from autotp.launch import launch
 
 GRID = (2, 2)
-
-
-def stepper(
-    run: Callable[..., torch.Tensor], model: nn.Module, inputs: Inputs
-) -> Callable[[], float]:
-    """Return what makes one training step and returns its loss."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-
-    def step() -> float:
-        optimizer.zero_grad()
-        loss = run(**inputs)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        return float(loss.detach())
-
-    return step
 
 
 def case(shape: str, layers: int, rounds: int, backend: str) -> dict[str, float]:
@@ -54,8 +37,8 @@ def case(shape: str, layers: int, rounds: int, backend: str) -> dict[str, float]
     pins = schemes.batch_x_tensor(model, GRID, inputs)
     for m in (model, other):
         autotp.parallelize(m, GRID, inputs, pins=pins, cluster="gloo_loopback")
-    eager = stepper(model, model, inputs)
-    compiled = stepper(torch.compile(other, backend=backend), other, inputs)
+    eager = training_step(model, inputs)
+    compiled = training_step(torch.compile(other, backend=backend), inputs)
     dist.barrier()
     start_s = time.perf_counter()
     losses = [abs(eager() - compiled())]

@@ -152,12 +152,9 @@ def _in_bucket(m: PlannedMove, bucket: Bucket, network: Network, planned: Moves)
 
 
 def searched_s(m: PlannedMove, planned: Moves, rest: Mapping[str, Layout], at_best: bool) -> float:
-    """Return what the search took a move to cost."""
-    return _best_s(m, planned, rest) if at_best else m.seconds
-
-
-def _best_s(m: PlannedMove, planned: Moves, rest: Mapping[str, Layout]) -> float:
-    """Return the least that a move may take, as the search had it."""
+    """Return what the search took a move to cost: with `at_best` the least that it may."""
+    if not at_best:
+        return m.seconds
     what = "parameter" if m.value in rest else "activation"
     kinds = [m.forward] * (1 + m.again) + [m.backward]
     return planned.best_s(kinds, m.size_bytes, planned.grid.axis(m.axis), what)

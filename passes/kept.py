@@ -181,6 +181,14 @@ def why_not(op: Op, d: Decision, network: Network) -> str:
     return ""
 
 
+def needed_copies(network: Network, op: Op, d: Decision) -> list[Copy]:
+    """Return what the backward of an op needs."""
+    return [
+        (op.results[0], d.results[0]) if slot == RESULT else (op.operands[slot], d.operands[slot])
+        for slot in needed_positions(op, typing_of(network, op))
+    ]
+
+
 def _add_saved(c: Copies, known: Collection[Copy], rest: Mapping[str, Layout]) -> None:
     """Add what backward needs: of each value once per layout, not of what rests so.
 
@@ -189,10 +197,7 @@ def _add_saved(c: Copies, known: Collection[Copy], rest: Mapping[str, Layout]) -
     first = {v: layout for v, layout in reversed(list(known))}
     for n, (op, d) in enumerate(zip(c.network.ops, c.decisions, strict=True)):
         reads = list(zip(op.operands, d.operands, strict=True))
-        needed = [
-            (op.results[0], d.results[0]) if slot == RESULT else reads[slot]
-            for slot in needed_positions(op, typing_of(c.network, op))
-        ]
+        needed = needed_copies(c.network, op, d)
         if op.region:
             c.inner.setdefault(op.region, set()).update(needed)
             c.fixed.update(c.roots[copy] for copy in reads)

@@ -17,12 +17,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from autotp.layouts import Layout, Shard
-from autotp.passes.network import Network, Op
-from autotp.passes.pricing import RESULT, needed_positions, typing_of
+from autotp.passes.kept import Copy, needed_copies
+from autotp.passes.network import Network
 from autotp.plan import Decision, PlannedMove
-
-Held = tuple[str, Layout]
-"""A value in one of its layouts."""
 
 LOSSES = frozenset({"cross_entropy_loss", "nll_loss", "nll_loss_nd"})
 """Ops that make log-probabilities, and their gradient, as large as what they read."""
@@ -49,9 +46,9 @@ class _Story:
     moves: Sequence[PlannedMove]
     rest: Mapping[str, Layout]
     made_by: dict[str, int] = field(default_factory=dict)
-    readers: dict[Held, list[int]] = field(default_factory=dict)
-    savers: dict[Held, list[int]] = field(default_factory=dict)
-    shows: dict[Held, Held] = field(default_factory=dict)
+    readers: dict[Copy, list[int]] = field(default_factory=dict)
+    savers: dict[Copy, list[int]] = field(default_factory=dict)
+    shows: dict[Copy, Copy] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
@@ -61,7 +58,7 @@ class _Story:
         """Return the moment of an op's backward."""
         return 2 * self.count - 1 - op
 
-    def origin(self, held: Held) -> Held:
+    def origin(self, held: Copy) -> Copy:
         """Return whose bytes these are: what a view shows, what a move of nothing leaves."""
         while held in self.shows:
             held = self.shows[held]
@@ -114,7 +111,7 @@ def _read(
     for n, (op, d) in enumerate(zip(network.ops, decisions, strict=True)):
         for held in zip(op.operands, d.operands, strict=True):
             _note(story, story.readers, held, n)
-        for held in _kept(network, op, d):
+        for held in needed_copies(network, op, d):
             _note(story, story.savers, held, n)
     for output, returned in zip(network.outputs, outputs, strict=True):
         if output and returned is not None:
@@ -125,21 +122,13 @@ def _read(
     return story
 
 
-def _note(story: _Story, table: dict[Held, list[int]], held: Held, op: int) -> None:
+def _note(story: _Story, table: dict[Copy, list[int]], held: Copy, op: int) -> None:
     numbers = table.setdefault(story.origin(held), [])
     numbers.append(op)
     numbers.sort()
 
 
-def _kept(network: Network, op: Op, d: Decision) -> list[Held]:
-    """Return what an op keeps for its backward."""
-    return [
-        (op.results[0], d.results[0]) if slot == RESULT else (op.operands[slot], d.operands[slot])
-        for slot in needed_positions(op, typing_of(network, op))
-    ]
-
-
-def _start(story: _Story, held: Held) -> int:
+def _start(story: _Story, held: Copy) -> int:
     """Return where a value is made, or moved: right before its first reader."""
     value, layout = held
     maker = story.made_by.get(value)

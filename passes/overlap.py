@@ -17,10 +17,8 @@ that are awaited in any case.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-
-import torch
 
 from autotp.cost_model.collectives import is_one_call
 from autotp.layouts import Layout
@@ -28,6 +26,7 @@ from autotp.passes.coalesce import Coalesced
 from autotp.passes.moves import Moves
 from autotp.passes.network import Network, Op
 from autotp.passes.pricing import PASSES
+from autotp.passes.products import Roles, roles
 from autotp.passes.sharing import may_hide
 from autotp.plan import AT_ONCE, WHERE_MADE, Bucket, Decision, PlannedMove
 from autotp.sizes import varies
@@ -44,14 +43,6 @@ Source: 145 us more than one call, where a pass of an op takes 17.6 us: CPU, bot
 OF_WEIGHT = 1 / 2
 """The share of a product's backward that makes the gradient of its weight."""
 
-PRODUCTS = {
-    torch.ops.aten.linear.default: (0, 1),
-    torch.ops.aten.addmm.default: (1, 2),
-    torch.ops.aten.mm.default: (0, 1),
-}
-"""The products whose weight's gradient may be made late: the operands that are their activations
-and their weight."""
-
 
 def overlap(
     found: Coalesced,
@@ -67,21 +58,38 @@ def overlap(
     if not planned.cluster.overlap:
         return found
     reads: dict[str, list[tuple[int, Layout]]] = {}
+    makers: dict[str, int] = {}
     for n, d in enumerate(decisions):
+        makers.update(dict.fromkeys(d.makes, n))
         for value, layout in zip(d.reads, d.operands, strict=True):
             reads.setdefault(value, []).append((n, layout))
-    program = _Program(found.moves, rest, network, decisions, planned, reads)
-    buckets = sorted([*found.buckets, *program.alone(found.buckets)], key=program.first_reader)
+    program = _Program(found.moves, rest, network, decisions, planned, reads, makers)
+    products = sorted(program.of_products(found.buckets), key=program.first_reader)
+    params = [*found.buckets, *program.of_parameters(found.buckets)]
+    params.sort(key=program.first_reader)
     idle = _Idle.of(network, decisions)
-    gathers = [b for b in buckets if program.is_gather(b)]
-    products = [b for b in buckets if program.feeds_products(found.moves[b.moves[0]])]
     made = [program.beside_products(b, idle) for b in products]
-    made += program.before_readers(gathers, idle)
-    awaited = [b for b in buckets if b not in gathers and b not in products]
-    made += [program.beside_backward(b, idle) for b in awaited]
+    made += program.before_readers([b for b in params if program.is_gather(b)], idle)
+    made += [program.beside_backward(b, idle) for b in params if not program.is_gather(b)]
     made = sorted((b for b in made if b.begins or len(b.moves) > 1), key=lambda b: b.moves)
     saved_s = sum(b.hidden_s for b in made)
     return replace(found, buckets=tuple(made), beyond_s=found.beyond_s - saved_s)
+
+
+def late_roles(
+    op: Op, network: Network, params: Collection[str], moves: Iterable[PlannedMove]
+) -> Roles | None:
+    """Return the roles of a product whose weight's gradient may be made late; None for another op.
+
+    It is a trained parameter, and not made again: what makes its gradient late would hold it.
+    """
+    found = roles(op)
+    if found is None or op.call.kwargs:
+        return None
+    weight = op.operands[found.weight]
+    is_trained = weight in params and network.values[weight].grad
+    is_held = is_trained and not any(m.again and m.value == weight for m in moves)
+    return found if is_held else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +129,7 @@ def _hide(
 
 @dataclass(frozen=True, slots=True)
 class _Program:
-    """The moves and ops of a plan, in the order of need; `reads` says which ops read a value."""
+    """The moves and ops of a plan, in the order of need: which ops read a value, which makes it."""
 
     moves: Sequence[PlannedMove]
     rest: Mapping[str, Layout]
@@ -129,25 +137,31 @@ class _Program:
     decisions: Sequence[Decision]
     planned: Moves
     reads: Mapping[str, Sequence[tuple[int, Layout]]]
+    makers: Mapping[str, int]
 
     # Which may begin early ----------------------------------------------------------------------
 
-    def alone(self, buckets: Sequence[Bucket]) -> Iterable[Bucket]:
-        """Yield a bucket for each move that may run beside ops, and shares no call."""
+    def of_products(self, buckets: Sequence[Bucket]) -> Iterable[Bucket]:
+        """Yield a bucket for each move that may be hidden of activations that products read."""
+        return (self._alone(n, m) for n, m in self._apart(buckets) if self._feeds_products(m))
+
+    def of_parameters(self, buckets: Sequence[Bucket]) -> Iterable[Bucket]:
+        """Yield a bucket for each move that may be hidden of a parameter as it rests."""
+        apart = self._apart(buckets)
+        return (self._alone(n, m) for n, m in apart if self.rest.get(m.value) == m.before)
+
+    def _apart(self, buckets: Sequence[Bucket]) -> Iterable[tuple[int, PlannedMove]]:
+        """Yield the moves that may run beside ops, and share no call."""
         taken = {n for b in buckets for n in b.moves}
         for n, m in enumerate(self.moves):
             ranks = self.planned.grid.sizes[self.planned.grid.axis(m.axis)]
-            if (
-                n in taken
-                or m.schedule
-                or ranks == 1
-                or not may_hide(m.forward, m.backward, m.again)
-            ):
-                continue
-            if self.rest.get(m.value) == m.before or self.feeds_products(m):
-                ways = m.axis, m.forward, m.backward
-                size, by, back_by = m.size_bytes, m.by, m.back_by
-                yield Bucket(*ways, (n,), size, m.seconds, AT_ONCE, by, back_by)
+            may = ranks > 1 and not m.schedule and may_hide(m.forward, m.backward, m.again)
+            if may and n not in taken:
+                yield n, m
+
+    def _alone(self, n: int, m: PlannedMove) -> Bucket:
+        ways = m.axis, m.forward, m.backward
+        return Bucket(*ways, (n,), m.size_bytes, m.seconds, AT_ONCE, m.by, m.back_by)
 
     def is_gather(self, bucket: Bucket) -> bool:
         """Say whether a bucket gathers shards of parameters as they rest."""
@@ -155,24 +169,19 @@ class _Program:
         rests = all(self.rest.get(m.value) == m.before for m in moves)
         return rests and bucket.forward != "none"
 
-    def feeds_products(self, m: PlannedMove) -> bool:
+    def _feeds_products(self, m: PlannedMove) -> bool:
         """Say whether a move brings activations, outside of regions, to products of parameters."""
         if m.value in self.rest or varies(self.network.values[m.value].shape):
             return False
-        near = [*self.readers(m), *(n for n, d in enumerate(self.decisions) if m.value in d.makes)]
+        near = [*self.readers(m), *([self.makers[m.value]] if m.value in self.makers else [])]
         return not any(self.decisions[n].region for n in near) and bool(self._late_products(m))
 
     def _late_products(self, m: PlannedMove) -> list[int]:
         return [n for n in self.readers(m) if self._is_late(self.network.ops[n], m.value)]
 
     def _is_late(self, op: Op, value: str) -> bool:
-        """Say whether an op multiplies a value by a parameter that is trained."""
-        x, weight = PRODUCTS.get(op.call.op, (0, 0))
-        if not weight or op.call.kwargs or op.operands[x] != value:
-            return False
-        if any(m.again and m.value == op.operands[weight] for m in self.moves):
-            return False  # what makes its gradient late would hold it
-        return op.operands[weight] in self.rest and self.network.values[op.operands[weight]].grad
+        found = late_roles(op, self.network, self.rest, self.moves)
+        return found is not None and op.operands[found.x] == value
 
     def readers(self, m: PlannedMove) -> list[int]:
         """Return the ops that read what a move makes, else those that read what it moves."""

@@ -40,7 +40,7 @@ from autotp.passes.pins import (
     refuse_misfits,
 )
 from autotp.passes.pricing import Table, repeat_s
-from autotp.passes.products import Wanted, fuse, legal, nothing_wanted
+from autotp.passes.products import Wanted, fuse, legal
 from autotp.passes.program import Program
 from autotp.passes.requirements import requirements
 from autotp.passes.schedule import needs_of, schedule
@@ -135,7 +135,7 @@ def read_plan(
     grid: Grid,
     cluster: Cluster,
     backward: Mapping[str, str] | None = None,
-    wanted: Wanted = nothing_wanted,
+    wanted: Wanted | None = None,
 ) -> Plan:
     """Return a solution as a Plan; pins say what backward makes again, and how products move."""
     chosen = list(zip(model.variables, solution.choice, strict=True))
@@ -194,9 +194,11 @@ def _within_products(
     copies: Mapping[str, Layout],
     outputs: Sequence[Layout | None],
     model: Model,
-    wanted: Wanted,
+    wanted: Wanted | None,
 ) -> tuple[Again, list[Decision]]:
     """Return the moves that products make as asked, and the ops as they are idle beside others."""
+    if not wanted:
+        return again, list(again.decisions)
     pairs = legal(network, again.decisions, again.moves, copies, outputs, model.moves)
     fused = fuse(network, again.decisions, again.moves, pairs, model.moves, wanted)
     ops = enumerate(again.decisions)

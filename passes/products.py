@@ -37,11 +37,6 @@ Wanted = Callable[[str, str, tuple[str, ...]], str | None]
 """From an op's name, an axis and the legal schedules the one that is asked for, None if none is."""
 
 
-def nothing_wanted(name: str, axis: str, legal: tuple[str, ...]) -> str | None:
-    """Leave every schedule to its price."""
-    return None
-
-
 @dataclass(frozen=True, slots=True)
 class Roles:
     """Which operands of a product are x, the weight and the bias, and how the weight lies."""

@@ -26,6 +26,10 @@ class SchedulePins:
 
     asked: tuple[tuple[str, str, str], ...]
 
+    def __bool__(self) -> bool:
+        """Say whether anything is asked for."""
+        return bool(self.asked)
+
     def __call__(self, name: str, axis: str, legal: tuple[str, ...]) -> str | None:
         """Return the schedule that is asked for, if the product may have it."""
         for pattern, on, how in self.asked:

@@ -15,7 +15,7 @@ from autotp.cost_model.collectives import OTHERS
 from autotp.passes import strategies
 from autotp.passes.moves import Moves
 from autotp.passes.planning import read_plan
-from autotp.passes.products import ONCE, nothing_wanted
+from autotp.passes.products import ONCE
 from autotp.passes.search.solve import Solution, solve
 from autotp.passes.strategies import build_model
 
@@ -51,14 +51,14 @@ class Plans:
     def random(self, seed, backward=None):
         """Return a legal plan, the same for the same seed; `backward` pins what it makes again."""
         choice = random_choice(self.model.problem, random.Random(seed))
-        wanted = any_schedule if seed % 3 == 2 else nothing_wanted
+        wanted = any_schedule if seed % 3 == 2 else None
         return self.of(choice, seed % 2 / 2, backward, wanted)
 
     def best(self):
         """Return the cheapest plan."""
         return self.of(solve(self.model.problem).choice)
 
-    def of(self, choice, overlap=0.0, backward=None, wanted=nothing_wanted):
+    def of(self, choice, overlap=0.0, backward=None, wanted=None):
         """Return the plan in which every variable takes the numbered choice."""
         moves = replace(self.model.moves, cluster=replace(self.cluster, overlap=overlap))
         model = replace(self.model, moves=moves)
