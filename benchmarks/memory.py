@@ -3,7 +3,11 @@
 For every shape and scheme (`autotp.schemes`), and for what the search picks, rank 0's program runs
 alone, as `autotp dryrun` runs it: two steps, the second watched. Its peak counts parameters, the
 optimizer's states and every tensor that lives between operators; what an operator takes inside
-while it runs is not seen. Prints one line each, and per shape the median error. Writes one JSON.
+while it runs is not seen. A scheme has its own grid of four ranks (`variants.GRIDS`), the pick 2x2.
+
+The last figures are activations: the peak without parameters and the optimizer's states, and that
+over the same of `megatron`, which is 1D. Prints one line each, and per shape the median error.
+Writes one JSON.
 
     OMP_NUM_THREADS=1 python benchmarks/memory.py [--all] [--out memory.json]
 """
@@ -20,10 +24,11 @@ from pathlib import Path
 
 import torch
 from shapes import SHAPES
+from variants import GRIDS
 
 import autotp
 from autotp.cost_model.cluster import gloo_loopback
-from autotp.grid import as_grid
+from autotp.grid import Coords, as_grid
 from autotp.live_bytes import LiveBytes
 from autotp.notation import memory_text
 from autotp.options import Options
@@ -35,18 +40,22 @@ from autotp.silent_axis import CopyClock, silent_axes
 
 PICK = "what autotp picks"
 SHORT = ("weight-heavy", "balanced", "wide MLP")
-GRID = as_grid((2, 2))
+ONE_D = "megatron"
+GRID = (2, 2)
+ORIGIN: Coords = (0, 0)
 CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Row:
-    """The bytes of one scheme on one shape."""
+    """The bytes of one scheme on one shape; `activations` are measured, gradients among them."""
 
     shape: str
     scheme: str
+    grid: str
     predicted: int
     measured: int
+    activations: int
     by_kind: str
 
     @property
@@ -59,26 +68,39 @@ def rows_of(shape: str, schemes: list[str]) -> Iterator[Row]:
     found = inferred(model.train(), (), inputs, Options())
     cluster = replace(gloo_loopback(), memory_bytes=math.inf)
     values = found[0].flatten_inputs((), inputs)
-    axes = silent_axes(GRID, (0, 0), CopyClock(CPU))
     for scheme in schemes:
+        grid = as_grid(GRIDS.get(scheme, GRID))
         try:
-            pins = None if scheme == PICK else pins_of(SCHEMES[scheme], *found, GRID)
-            plan = search_plan(*found, GRID, cluster, pins).plan
+            pins = None if scheme == PICK else pins_of(SCHEMES[scheme], *found, grid)
+            plan = search_plan(*found, grid, cluster, pins).plan
         except autotp.AutotpError as error:
             print(f"{shape:<17} {scheme:<18} refused: {error.what}")
             continue
-        rank = alone(found, plan, (0, 0), axes, dict(model.named_buffers()), values, CPU)
+        axes = silent_axes(grid, ORIGIN, CopyClock(CPU))
+        rank = alone(found, plan, ORIGIN, axes, dict(model.named_buffers()), values, CPU)
         rank.step()
         rank.forget_gradients()
         with LiveBytes() as live:
             rank.step()
         held = rank.at_rest - sum(x.nbytes for x in values) + live.peak
-        yield Row(shape, scheme, plan.memory.at_once, held, memory_text(plan.memory))
+        by_kind = memory_text(plan.memory)
+        yield Row(shape, scheme, str(grid), plan.memory.at_once, held, live.peak, by_kind)
 
 
 def line(row: Row) -> str:
     both = f"{row.predicted / 1e6:9.1f} {row.measured / 1e6:9.1f}"
-    return f"{row.shape:<17} {row.scheme:<18} {both} {row.error:+7.1%}   {row.by_kind}"
+    kept = f"{row.activations / 1e6:9.1f}"
+    name = f"{row.shape:<17} {row.scheme:<18} {row.grid}"
+    return f"{name} {both} {row.error:+7.1%} {kept}   {row.by_kind}"
+
+
+def over_one_d(rows: list[Row]) -> str:
+    """Say each scheme's activations over those of 1D on the same ranks, where that was run."""
+    base = next((row.activations for row in rows if row.scheme == ONE_D), 0)
+    if not base:
+        return ""
+    ratios = (f"{row.scheme} {row.activations / base:.2f}" for row in rows)
+    return f"activations over {ONE_D}'s: {', '.join(ratios)}"
 
 
 def main() -> None:
@@ -89,17 +111,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     rows: list[Row] = []
-    print(f"{'MB of rank 0':<36} predicted  measured   error   all by kind")
+    print(f"{'MB of rank 0':<40} predicted  measured   error  activations   all by kind")
     for shape in [s for s in SHAPES if s != "tiny"] if args.all else args.shapes:
         mine = []
         for row in rows_of(shape, list(args.schemes)):
             print(line(row), flush=True)
             mine.append(row)
-        print(f"{shape:<17} median error {statistics.median(abs(r.error) for r in mine):.1%}\n")
+        median = statistics.median(abs(r.error) for r in mine)
+        print(f"{shape:<17} median error {median:.1%}  {over_one_d(mine)}\n")
         rows += mine
     print(f"median error of all {statistics.median(abs(r.error) for r in rows):.1%}")
     if args.out:
-        about = {"torch": torch.__version__, "grid": str(GRID)}
+        about = {"torch": torch.__version__, "pick_on": GRID}
         body = {"about": about, "rows": [asdict(r) for r in rows]}
         args.out.write_text(json.dumps(body, indent=1) + "\n")
 

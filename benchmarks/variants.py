@@ -245,13 +245,15 @@ def one_process(built: Built, cluster: Cluster) -> tuple[Step, None]:
 SQUARE = ("batch_x_tensor", "ring_attention", "summa", "summa_abt", "weight_stationary")
 """The schemes whose axes have different roles; the others take all ranks as one axis."""
 
+GRIDS = {name: (2, 2) if name in SQUARE else (1, 4) for name in SCHEMES}
+"""The grid of four ranks that each scheme is run on."""
+
 REFERENCE = "torch TP"
 PLANNED = "autotp"
 
 
 def _schemes() -> dict[str, Variant]:
-    grids = {name: (2, 2) if name in SQUARE else (1, 4) for name in SCHEMES}
-    return {f"autotp {name}": partial(scheme, name, grid) for name, grid in grids.items()}
+    return {f"autotp {name}": partial(scheme, name, grid) for name, grid in GRIDS.items()}
 
 
 VARIANTS: dict[str, Variant] = {

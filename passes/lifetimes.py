@@ -6,7 +6,8 @@ optimizer. Every tensor is a span of moments and a size (`Span`); the peak is th
     values      from their maker to their last reader, or to the backward of the first op that keeps
                 them; a copy in another layout from its move on; views lie in what they show
     gradients   from the backward of the last reader to that of the maker; of parameters to the end
-    scratch     what a loss makes inside, the buffer of a collective, the optimizer's temporaries
+    scratch     what a loss makes inside, the buffer of a collective, which moves may share, the
+                optimizer's temporaries
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from autotp.cost_model.collectives import FREE
 from autotp.layouts import Layout, Shard
 from autotp.passes.kept import Copy, needed_copies
 from autotp.passes.network import Network
-from autotp.plan import Decision, PlannedMove
+from autotp.plan import Bucket, Decision, PlannedMove
 
 LOSSES = frozenset({"cross_entropy_loss", "nll_loss", "nll_loss_nd"})
 """Ops that make log-probabilities, and their gradient, as large as what they read."""
@@ -39,16 +41,21 @@ class Span:
 
 @dataclass(slots=True)
 class _Story:
-    """Who makes and reads what, by the number of the op; what is a view of what."""
+    """Who makes and reads what, by the number of the op; what is a view of what.
+
+    arrives    of what moves in company, before which op all of it is there
+    """
 
     network: Network
     decisions: Sequence[Decision]
     moves: Sequence[PlannedMove]
+    buckets: Sequence[Bucket]
     rest: Mapping[str, Layout]
     made_by: dict[str, int] = field(default_factory=dict)
     readers: dict[Copy, list[int]] = field(default_factory=dict)
     savers: dict[Copy, list[int]] = field(default_factory=dict)
     shows: dict[Copy, Copy] = field(default_factory=dict)
+    arrives: dict[Copy, int] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
@@ -69,6 +76,7 @@ def peak_bytes(
     network: Network,
     decisions: Sequence[Decision],
     moves: Sequence[PlannedMove],
+    buckets: Sequence[Bucket],
     outputs: Sequence[Layout | None],
     rest: Mapping[str, Layout],
     local_bytes: Callable[[str, Layout], int],
@@ -78,7 +86,7 @@ def peak_bytes(
 
     `optimizer_bytes` are what the optimizer takes for a moment at the end.
     """
-    story = _read(network, decisions, moves, outputs, rest)
+    story = _read(_Story(network, decisions, moves, buckets, rest), outputs)
     spans = [
         *_values(story, local_bytes),
         *_gradients(story, local_bytes),
@@ -92,14 +100,9 @@ def peak_bytes(
     return int(change.cumsum().max())
 
 
-def _read(
-    network: Network,
-    decisions: Sequence[Decision],
-    moves: Sequence[PlannedMove],
-    outputs: Sequence[Layout | None],
-    rest: Mapping[str, Layout],
-) -> _Story:
-    story = _Story(network, decisions, moves, rest)
+def _read(story: _Story, outputs: Sequence[Layout | None]) -> _Story:
+    """Fill in who makes and reads what; `outputs` are the layouts that the program returns."""
+    network, decisions, moves = story.network, story.decisions, story.moves
     for move in moves:
         if move.forward == "none":
             story.shows[move.value, move.after] = (move.value, move.before)
@@ -119,6 +122,10 @@ def _read(
     for move in reversed(moves):  # what is moved on is read where that is first read
         if first := story.readers.get(story.origin((move.value, move.after))):
             _note(story, story.readers, (move.value, move.before), first[0])
+    for bucket in story.buckets:
+        after = [(moves[n].value, moves[n].after) for n in bucket.moves]
+        first_of_all = min(story.readers.get(story.origin(held), [0])[0] for held in after)
+        story.arrives.update(dict.fromkeys(after, first_of_all))
     return story
 
 
@@ -129,12 +136,12 @@ def _note(story: _Story, table: dict[Copy, list[int]], held: Copy, op: int) -> N
 
 
 def _start(story: _Story, held: Copy) -> int:
-    """Return where a value is made, or moved: right before its first reader."""
+    """Return where a value is made, or moved: right before the first reader of what moves so."""
     value, layout = held
     maker = story.made_by.get(value)
     if maker is not None and layout in story.decisions[maker].results:
         return maker
-    return story.readers.get(held, [0])[0]
+    return story.arrives.get(held, story.readers.get(held, [0])[0])
 
 
 def _values(story: _Story, local_bytes: Callable[[str, Layout], int]) -> Iterator[Span]:
@@ -180,13 +187,26 @@ def _scratch(story: _Story, local_bytes: Callable[[str, Layout], int]) -> Iterat
             yield Span(n, n, size)
             if story.network.values[op.results[0]].grad:
                 yield Span(story.back(n), story.back(n), size)
-    for move in story.moves:
-        at = story.readers.get(story.origin((move.value, move.after)), [0])[0]
-        size = 0 if _in_order(move) else move.size_bytes
-        if move.forward in BUFFERED:
-            yield Span(at, at, size)
-        if move.backward in BUFFERED:
-            yield Span(story.back(at), story.back(at), size)
+    yield from _buffers(story)
+
+
+def _buffers(story: _Story) -> Iterator[Span]:
+    """Yield the buffers of collectives: where what was moved is read, and where that goes back."""
+    at = [story.readers.get(story.origin((move.value, move.after)), [0])[0] for move in story.moves]
+    shared = {n for bucket in story.buckets for n in bucket.moves}
+    for n, move in enumerate(story.moves):
+        if n not in shared and not _in_order(move):
+            if move.forward in BUFFERED:
+                yield Span(at[n], at[n], move.size_bytes)
+            if move.backward in BUFFERED:
+                yield Span(story.back(at[n]), story.back(at[n]), move.size_bytes)
+    for bucket in story.buckets:  # what they share is there when all are, first and last
+        move = story.moves[bucket.moves[0]]
+        first = story.arrives[move.value, move.after]
+        if bucket.forward not in FREE:
+            yield Span(first, first, bucket.size_bytes)
+        if bucket.backward not in FREE:
+            yield Span(story.back(first), story.back(first), bucket.size_bytes)
 
 
 def _in_order(move: PlannedMove) -> bool:

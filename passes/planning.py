@@ -165,7 +165,7 @@ def read_plan(
     moved = _moved(apart, again, {r.value: r.layout for r in params.values()}, network, idle, model)
     moves = moved.moves
     ways = [tables[op.name].strategies[picks[op.name]] for op in network.ops]
-    at_once = _at_once(network, decisions, moves, outputs, rest, params, model.moves)
+    at_once = _at_once(network, decisions, moved, outputs, rest, params, model.moves)
     return Plan(
         grid=grid,
         cluster=cluster.name,
@@ -299,7 +299,7 @@ def _left(resting: Collection[Resting], limit: float | None) -> float | None:
 def _at_once(
     network: Network,
     decisions: Sequence[Decision],
-    moves: Sequence[PlannedMove],
+    moved: Coalesced,
     outputs: Sequence[Layout | None],
     rest: Mapping[str, Layout],
     params: Mapping[str, Resting],
@@ -313,7 +313,8 @@ def _at_once(
 
     trained = [r.local_bytes for r in params.values() if r.trained]
     scratch = adamw_scratch_bytes(trained, prices.cluster)
-    return peak_bytes(network, decisions, moves, outputs, rest, local_bytes, scratch)
+    given = moved.moves, moved.buckets, outputs, rest
+    return peak_bytes(network, decisions, *given, local_bytes, scratch)
 
 
 def _memory(resting: Collection[Resting], again: Again, at_once: int) -> Memory:
