@@ -17,7 +17,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -33,9 +33,14 @@ class Shard:
 
     dim: int
     parts: tuple[int, ...] = ()
+    _hash: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         assert self.dim >= 0 and len(self.parts) != 1, self
+        object.__setattr__(self, "_hash", hash((self.dim, self.parts)))
+
+    def __hash__(self) -> int:
+        return self._hash
 
     def __str__(self) -> str:
         return f"S({self.dim})" if not self.parts else f"S({self.dim}:{parts_text(self.parts)})"
@@ -46,9 +51,16 @@ class Whole:
     """A type without a dim: R, I or P."""
 
     name: str
+    _hash: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_hash", ord(self.name))  # hash(str) differs in other processes
 
     def __str__(self) -> str:
         return self.name
+
+    def __hash__(self) -> int:
+        return self._hash
 
     __repr__ = __str__
 

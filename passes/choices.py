@@ -17,10 +17,11 @@ import numpy as np
 import torch
 
 from autotp.grid import Grid
-from autotp.layouts import AxisType, I, Layout, P, R, Shard, is_valid, shard
+from autotp.layouts import AxisType, I, Layout, P, R, Shard, shard
 from autotp.passes.factors import Factors, Way, blocks_within
 from autotp.passes.network import Op, Value
 from autotp.passes.rules.sentence import Dim, Signature
+from autotp.passes.spaces import legal
 from autotp.sizes import varies
 
 
@@ -136,9 +137,7 @@ def legal_strategies(op: Op, choices: Sequence[AxisChoice], grid: Grid) -> Strat
     tensors = [*(t for t in op.call.operands if t), *op.call.results]
     typed = zip(*((*c.operands, *c.results) for c in choices), strict=True)
     for t, types in zip(tensors, typed, strict=True):
-        layouts, which = found.layouts(types)
-        valid = [is_valid(t.shape, layout, grid) for layout in layouts]
-        found = found.keep(np.array(valid, dtype=bool)[which])
+        found = found.keep(legal(t.shape, types, found.picks, grid))
     return found
 
 

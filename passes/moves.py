@@ -28,15 +28,11 @@ from autotp.layouts import (
     R,
     Shape,
     Shard,
-    is_valid,
     largest_shape,
     move_of,
 )
 from autotp.passes.sharing import may_hide, may_share
-
-AxisTypes = tuple[tuple[AxisType, ...], ...]
-"""The types that a value may have on each axis."""
-
+from autotp.passes.spaces import AxisTypes, Space, elements, legal, picks_of, space
 
 FULL = 3
 """How much longer than its latency a full call's bytes take."""
@@ -91,10 +87,19 @@ class MoveTable:
     seconds   [from, to] of the cheapest way, inf where there is none
     """
 
-    layouts: tuple[Layout, ...]
-    number: dict[Layout, int]
+    space: Space
     single: np.ndarray
     seconds: np.ndarray
+
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        """All layouts that the value may have."""
+        return self.space.layouts
+
+    @property
+    def number(self) -> Mapping[Layout, int]:
+        """The place of each layout."""
+        return self.space.number
 
     def following(self, at: int, end: int) -> int:
         """Return the first step from one layout to another: at once, else the lowest of equals."""
@@ -106,12 +111,6 @@ class MoveTable:
 
 Seconds = Callable[[str, int, int, Link, str], float]
 """What a collective takes: its kind, size, ranks, link and backend."""
-
-Turn = tuple[int, AxisType, AxisType]
-"""An axis, its type before and after."""
-
-Change = tuple[Turn, np.ndarray, np.ndarray]
-"""A turn, and the numbers of the layouts that it leads from and to."""
 
 
 @dataclass(slots=True)
@@ -129,9 +128,8 @@ class Moves:
     _tables: dict[tuple[object, ...], MoveTable] = field(default_factory=dict)
     _columns: dict[tuple[tuple[Layout, ...], bytes], Column] = field(default_factory=dict)
     _prices: dict[tuple[str, int, int], float] = field(default_factory=dict)
-    _known: dict[tuple[tuple[Layout, ...], AxisTypes], Sequence[Change]] = field(
-        default_factory=dict
-    )
+    _spaces: dict[tuple[AxisTypes, bytes], Space] = field(default_factory=dict)
+    _places: dict[tuple[Space, Column], np.ndarray] = field(default_factory=dict)
     _elements: dict[tuple[Shape, Layout], int] = field(default_factory=dict)
     _between: dict[tuple[MoveTable, Column, Column], np.ndarray] = field(default_factory=dict)
 
@@ -154,10 +152,16 @@ class Moves:
         """Return the seconds [from, to] of the cheapest ways between the layouts of two columns."""
         key = (table, before, after)
         if key not in self._between:
-            ends = [np.array([table.number[c] for c in side.distinct]) for side in (before, after)]
-            rows, columns = ends[0][before.which], ends[1][after.which]
+            rows, columns = (self._places_of(side, table.space) for side in (before, after))
             self._between[key] = table.seconds[np.ix_(rows, columns)]
         return self._between[key]
+
+    def _places_of(self, column: Column, space: Space) -> np.ndarray:
+        """Return the number of its layout in a space, per choice of a column."""
+        key = (space, column)
+        if key not in self._places:
+            self._places[key] = np.array([space.number[c] for c in column.distinct])[column.which]
+        return self._places[key]
 
     def table(
         self,
@@ -186,25 +190,25 @@ class Moves:
         types: AxisTypes,
         ways: tuple[bool, str],
     ) -> MoveTable:
-        layouts = tuple(c for c in itertools.product(*types) if is_valid(shape, c, self.grid))
-        number = {layout: k for k, layout in enumerate(layouts)}
-        seconds = np.full((len(layouts), len(layouts)), np.inf)
+        space = self._space(shape, types)
+        seconds = np.full((len(space.layouts),) * 2, np.inf)
         np.fill_diagonal(seconds, 0.0)
-        held = np.array([self.local_bytes(shape, dtype, c) for c in layouts], dtype=np.int64)
-        for (axis, before, after), k, j in self._changes(layouts, number, types):
-            size = wire_bytes(before, after, held[k], held[j], self.grid.sizes[axis])
-            seconds[k, j] = self._edge_s(axis, before, after, size, grad, ways)
-        return MoveTable(layouts, number, seconds, closed(seconds))
+        held = elements(shape, space.types, space.picks, self.grid) * dtype.itemsize
+        for c in space.changes:
+            ranks = self.grid.sizes[c.axis]
+            size = wire_bytes(c.before, c.after, held[c.starts], held[c.ends], ranks)
+            seconds[c.starts, c.ends] = self._edge_s(c.axis, c.before, c.after, size, grad, ways)
+        return MoveTable(space, seconds, closed(seconds))
 
-    def _changes(
-        self, layouts: tuple[Layout, ...], number: Mapping[Layout, int], types: AxisTypes
-    ) -> Sequence[Change]:
-        """Return the changes between these layouts, noted once for all values that have them."""
-        key = (layouts, types)
-        if key not in self._known:
-            found = _ends(number, types)
-            self._known[key] = [(c, *np.array(ends).T) for c, ends in found.items()]
-        return self._known[key]
+    def _space(self, shape: Shape, options: AxisTypes) -> Space:
+        """Return the legal layouts of a shape, the same for all shapes that have the same."""
+        types = tuple(dict.fromkeys(itertools.chain(*options)))
+        every = picks_of(types, options)
+        picks = every[legal(shape, types, every, self.grid)]
+        key = (options, picks.tobytes())
+        if key not in self._spaces:
+            self._spaces[key] = space(types, picks)
+        return self._spaces[key]
 
     def local_bytes(self, shape: Shape, dtype: torch.dtype, layout: Layout) -> int:
         """Return what the largest rank holds of a tensor."""
@@ -376,20 +380,3 @@ def axis_types(layouts: Sequence[Layout], grad: bool, axes: int) -> AxisTypes:
     types = (*always, *([P] if partial else []), *sorted(shards))
     used = [any(layout[a] is not I for layout in layouts) for a in range(axes)]
     return tuple(types if used[a] else (I,) for a in range(axes))
-
-
-def _ends(number: Mapping[Layout, int], types: AxisTypes) -> dict[Turn, list[tuple[int, int]]]:
-    """Return, for every turn, the layouts between which it leads: as `may_change` allows."""
-    out: dict[Turn, list[tuple[int, int]]] = {}
-    for axis, options in enumerate(types):
-        after_of = {t: [u for u in options if move_of(t, u)] for t in options}
-        for layout, k in number.items():
-            before, outer, inner = layout[axis], layout[:axis], layout[axis + 1 :]
-            taken = {t.dim for t in inner if isinstance(t, Shard)}
-            if isinstance(before, Shard) and before.dim in taken:
-                continue
-            for after in after_of[before]:
-                j = number.get((*outer, after, *inner))
-                if j is not None and not (isinstance(after, Shard) and after.dim in taken):
-                    out.setdefault((axis, before, after), []).append((k, j))
-    return out

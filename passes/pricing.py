@@ -21,6 +21,7 @@ from autotp.passes.choices import Strategies, Typing, ranks_by_axes
 from autotp.passes.moves import Column, Moves
 from autotp.passes.network import Network, Op, Value
 from autotp.passes.roofline import is_function, narrowest
+from autotp.passes.spaces import elements
 from autotp.passes.traffic import internal_traffic
 
 PASSES = 3
@@ -86,11 +87,11 @@ def price_op(op: Op, strategies: Strategies, typing: Typing, moves: Moves) -> Ta
     slots = list(dict.fromkeys([*saved_positions(op, typing), RESULT]))
     count = len(typing.operands)
     tensors = [*(t for t in op.call.operands if t), *op.call.results]
-    typed = zip(*((*c.operands, *c.results) for c in strategies.choices), strict=True)
+    typed = list(zip(*((*c.operands, *c.results) for c in strategies.choices), strict=True))
     columns = [moves.column_of(*strategies.layouts(types)) for types in typed]
     held = [
-        np.array([moves.local_bytes(t.shape, t.dtype, c) for c in column.distinct])[column.which]
-        for t, column in zip(tensors, columns, strict=True)
+        elements(t.shape, types, strategies.picks, moves.grid) * t.dtype.itemsize
+        for t, types in zip(tensors, typed, strict=True)
     ]
     by_slot = {**dict(enumerate(held[:count])), RESULT: held[count]}
     return Table(

@@ -2,13 +2,18 @@
 
 `reduce_to_core` eliminates every variable that leaves no table on more than two others, so that
 what is left is a Problem again. `undominated` drops choice a where some b costs no more, alone and
-beside every choice of every neighbour; of equals the lowest stays.
+beside every choice of every neighbour; of equals the lowest stays. `contenders` drops a where some
+b costs less whatever the neighbours choose, which no minimum can have:
+
+    u[a] - u[b] + sum_k min_j (t_k[a, j] - t_k[b, j]) > 0
+
+Source: Goldstein 1994, "Efficient rotamer elimination applied to protein side-chains".
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +30,15 @@ from autotp.passes.search.problem import Problem, intern, restrict
 
 ROUNDS = 8
 """What is dropped at one variable lets more be dropped beside it; few rounds reach the end."""
+
+PATIENCE = 3
+"""Choices tried against all others without one being dropped, after which no more are tried."""
+
+MARGIN = 1e-12
+"""Share of the largest cost by which a choice must lose: what is equal but for rounding stays."""
+
+UNREACHABLE = 1e30
+"""Stands for inf where costs are subtracted."""
 
 
 def factors_of(problem: Problem) -> tuple[tuple[Factor, ...], tuple[np.ndarray, ...]]:
@@ -103,21 +117,64 @@ def undominated(problem: Problem) -> tuple[Problem, tuple[np.ndarray, ...]]:
 
 
 def _survivors(problem: Problem) -> tuple[np.ndarray, ...]:
-    beside: list[list[np.ndarray]] = [[u[:, None]] for u in problem.unary]
-    names: list[list[tuple[int, int]]] = [[(id(u), 0)] for u in problem.unary]
-    for v, memory in enumerate(problem.memory or ()):
-        beside[v].append(memory[:, None])
-        names[v].append((id(memory), 0))
+    memory = problem.memory or ((),) * len(problem.sizes)
+    more = [[m[:, None]] if len(m) else [] for m in memory]
+    return _kept(problem, more, lambda tables: _keep(np.concatenate(tables, axis=1)))
+
+
+def contenders(problem: Problem) -> tuple[Problem, tuple[np.ndarray, ...]]:
+    """Return the problem without choices that no minimum has, and the choices kept of each."""
+    kept = _kept(problem, [[]] * len(problem.sizes), _contending)
+    return restrict(problem, kept), kept
+
+
+def _kept(
+    problem: Problem,
+    more: Sequence[Sequence[np.ndarray]],
+    keep: Callable[[Sequence[np.ndarray]], np.ndarray],
+) -> tuple[np.ndarray, ...]:
+    """Return what to keep of each variable, by its costs [choice, ...]; equals are asked once.
+
+    They are its own, `more`, and those beside each neighbour.
+    """
+    beside = [[u[:, None], *tables] for u, tables in zip(problem.unary, more, strict=True)]
+    names = [[(id(u), 0)] for u in problem.unary]
     for i, j, table in problem.pairs:
         beside[i].append(table)
         beside[j].append(table.T)
         names[i].append((id(table), 1))
         names[j].append((id(table), 2))
+    for v, memory in enumerate(problem.memory or ()):
+        names[v].append((id(memory), 0))
     known: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
     for key, tables in zip(map(tuple, names), beside, strict=True):
         if key not in known:
-            known[key] = _keep(np.concatenate(tables, axis=1))
+            known[key] = keep(tables)
     return tuple(known[tuple(key)] for key in names)
+
+
+def _contending(tables: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the rows that no other beats whatever the columns, those that cost least tried first.
+
+    Each table has its own columns: two rows differ by at least the sum of their least differences.
+    Rows that cost the same by themselves are not compared: each is best beside one like it.
+    """
+    own, left, idle = tables[0][:, 0], np.arange(len(tables[0])), 0
+    if own.min() == own.max():
+        return left
+    costs = [np.where(np.isinf(t), UNREACHABLE, t) for t in tables]
+    margin = MARGIN * max(float(t[t < UNREACHABLE].max(initial=0.0)) for t in costs)
+    rows = costs
+    for best in np.argsort(own, kind="stable").tolist():
+        if idle == PATIENCE:
+            break
+        if best in left:
+            least = [(t - c[best]).min(axis=1) for t, c in zip(rows, costs, strict=True)]
+            stays = sum(least[1:], least[0]) <= margin
+            idle = idle + 1 if stays.all() else 0
+            if not stays.all():
+                left, rows = left[stays], [t[stays] for t in rows]
+    return left
 
 
 def _keep(costs: np.ndarray) -> np.ndarray:

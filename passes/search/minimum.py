@@ -1,20 +1,20 @@
 """The minimum of a problem without a budget: exact where tables stay small, bounded where not.
 
-`minimise` eliminates variables. Where that is too much work it first shrinks the problem (small
-variables eliminated, dominated choices dropped). Where tables would still be too large it splits
-sums for a lower bound, improves its choice by solving again with some variables held, and asks the
-ILP.
+`minimise` drops what cannot win, where choices are many, and eliminates variables. Where that is
+too much work it first shrinks the problem (small variables eliminated, dominated choices dropped).
+Where tables would still be too large it splits sums for a lower bound, improves its choice by
+solving again with some variables held, and asks the ILP.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from autotp.passes.search.dominance import factors_of, reduce_to_core, undominated
+from autotp.passes.search.dominance import contenders, factors_of, reduce_to_core, undominated
 from autotp.passes.search.elimination import (
     Elimination,
     Factor,
@@ -28,6 +28,12 @@ from autotp.passes.search.problem import Problem, restrict
 
 EASY_WORK = 2**26
 """Cells below which an elimination is run as it is: under half a second."""
+
+CORE_WIDTH = 2
+"""The most neighbours of what `reduce_to_core` eliminates: all of it, in problems of that width."""
+
+CROWDED = 2**14
+"""Cells of the largest pair from which choices that cannot win are looked for first."""
 
 MAX_WORK, MAX_HELD = 2**31, 2**27
 """Cells computed (some 10 s) and kept (1 GB) above which sums are split."""
@@ -73,10 +79,20 @@ class Orders:
 
 
 def minimise(problem: Problem, orders: Orders) -> Found:
+    """Return the minimum: of contenders where choices are many, else of all."""
+    if max((t.size for _, _, t in problem.pairs), default=0) < CROWDED:
+        return _minimise(problem, orders)
+    small, kept = contenders(problem)
+    found = _minimise(small, orders)
+    choice = tuple(int(k[c]) for k, c in zip(kept, found.choice, strict=True))
+    return replace(found, choice=choice)
+
+
+def _minimise(problem: Problem, orders: Orders) -> Found:
     """Return the minimum: at once where that is easy, else of the core that is left."""
     factors, leaves = factors_of(problem)
     plan = orders.order(problem.sizes, factors, leaves, orders.max_table)
-    if plan.exact and plan.work <= EASY_WORK:
+    if plan.exact and (plan.work <= EASY_WORK or plan.width <= CORE_WIDTH):
         return _eliminate(problem, plan, leaves)
     core = reduce_to_core(problem)
     small, kept = undominated(core.problem)

@@ -3,13 +3,14 @@
 import itertools
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from autotp.errors import BudgetError
-from autotp.passes.search.dominance import factors_of, reduce_to_core, undominated
+from autotp.passes.search.dominance import contenders, factors_of, reduce_to_core, undominated
 from autotp.passes.search.elimination import plan_elimination
 from autotp.passes.search.ilp import solve_ilp
 from autotp.passes.search.solve import Problem, solve
@@ -92,6 +93,24 @@ def test_the_core_has_the_same_minimum(seed):
     best = solve(small)
     choice = core.lift([k[c] for k, c in zip(kept, best.choice, strict=True)])
     assert problem.seconds(choice) == pytest.approx(brute_force(problem), rel=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_contenders_have_the_same_minimum_by_the_same_choice(seed):
+    problem = random_problem(seed, variables=7, choices=6)
+    problem = replace(problem, pairs=tuple((i, j, t / 4) for i, j, t in problem.pairs))
+    small, kept = contenders(problem)
+    best, plain = solve(small), solve(problem)
+    assert sum(small.sizes) < sum(problem.sizes) and best.cost_s == plain.cost_s
+    if np.isfinite(plain.cost_s):
+        assert tuple(k[c] for k, c in zip(kept, best.choice, strict=True)) == plain.choice
+
+
+def test_a_choice_that_may_win_or_tie_is_a_contender():
+    unary = (np.array([1.0, 1.0, 1.2, 1.6]), np.zeros(2))
+    pairs = ((0, 1, np.array([[0.0, 0.5], [0.0, 0.5], [0.4, 0.2], [0.0, 0.0]])),)
+    _, kept = contenders(Problem((4, 2), unary, pairs))
+    assert kept[0].tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("seed", range(6))
