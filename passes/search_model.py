@@ -6,10 +6,11 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
 from autotp.layouts import Layout
-from autotp.passes.moves import AxisTypes, Column, Moves, MoveTable
+from autotp.passes.moves import Column, Moves, MoveTable
 from autotp.passes.network import Value
 from autotp.passes.pricing import Table
 from autotp.passes.search.problem import Problem
+from autotp.passes.spaces import AxisTypes
 from autotp.plan import Plan
 
 

@@ -70,7 +70,7 @@ def elements(
     whole = math.prod(int(n) for d, n in enumerate(shape) if d not in split)
     held = np.full(len(picks), whole, dtype=np.int64)
     for dim in (d for d in split if d < len(shape)):
-        held *= _by_dim(types, picks, dim, lambda c, d=dim: largest_shape(shape, c, grid)[d])
+        held *= _by_dim(types, picks, dim, lambda c: largest_shape(shape, c, grid)[dim])  # noqa: B023
     return held
 
 

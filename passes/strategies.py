@@ -26,7 +26,7 @@ from autotp.grid import Grid
 from autotp.layouts import I, Layout, Shard, is_valid, shard
 from autotp.passes.choices import Strategy, Typing, strategies_of
 from autotp.passes.factors import Factors
-from autotp.passes.moves import AxisTypes, Column, Moves, axis_types
+from autotp.passes.moves import Column, Moves, axis_types
 from autotp.passes.network import Network, Op, Value
 from autotp.passes.pricing import (
     RESULT,
@@ -40,6 +40,7 @@ from autotp.passes.pricing import (
 )
 from autotp.passes.search.problem import Problem
 from autotp.passes.search_model import Meeting, Model, Variable
+from autotp.passes.spaces import AxisTypes
 
 OUTPUT = -1
 """Stands among a value's readers for the program's result."""

@@ -117,8 +117,9 @@ def undominated(problem: Problem) -> tuple[Problem, tuple[np.ndarray, ...]]:
 
 
 def _survivors(problem: Problem) -> tuple[np.ndarray, ...]:
-    memory = problem.memory or ((),) * len(problem.sizes)
-    more = [[m[:, None]] if len(m) else [] for m in memory]
+    more: Sequence[Sequence[np.ndarray]] = [[]] * len(problem.sizes)
+    if problem.memory is not None:
+        more = [[m[:, None]] for m in problem.memory]
     return _kept(problem, more, lambda tables: _keep(np.concatenate(tables, axis=1)))
 
 
