@@ -3,7 +3,8 @@
 For every shape and scheme (`autotp.schemes`), and for what the search picks, rank 0's program runs
 alone, as `autotp dryrun` runs it: two steps, the second watched. Its peak counts parameters, the
 optimizer's states and every tensor that lives between operators; what an operator takes inside
-while it runs is not seen. A scheme has its own grid of four ranks (`variants.GRIDS`), the pick 2x2.
+while it runs is not seen. A scheme has its own grid of four ranks (`variants.GRIDS`), the pick 2x2,
+once more in a share of the memory that it would take (`variants.SHARE`).
 
 The last figures are activations: the peak without parameters and the optimizer's states, and that
 over the same of `megatron`, which is 1D. Prints one line each, and per shape the median error.
@@ -24,7 +25,7 @@ from pathlib import Path
 
 import torch
 from shapes import SHAPES
-from variants import GRIDS
+from variants import GRIDS, SHARE, SQUARE_GRID
 
 import autotp
 from autotp.cost_model.cluster import gloo_loopback
@@ -38,10 +39,10 @@ from autotp.reading import inferred
 from autotp.schemes import SCHEMES, pins_of
 from autotp.silent_axis import CopyClock, silent_axes
 
-PICK = "what autotp picks"
+PICK, LESS = "what autotp picks", f"picked in {SHARE:.0%}"
+ROWS = [*SCHEMES, PICK, LESS]
 SHORT = ("weight-heavy", "balanced", "wide MLP")
 ONE_D = "megatron"
-GRID = (2, 2)
 ORIGIN: Coords = (0, 0)
 CPU = torch.device("cpu")
 
@@ -69,10 +70,13 @@ def rows_of(shape: str, schemes: list[str]) -> Iterator[Row]:
     cluster = replace(gloo_loopback(), memory_bytes=math.inf)
     values = found[0].flatten_inputs((), inputs)
     for scheme in schemes:
-        grid = as_grid(GRIDS.get(scheme, GRID))
+        grid = as_grid(GRIDS.get(scheme, SQUARE_GRID))
         try:
-            pins = None if scheme == PICK else pins_of(SCHEMES[scheme], *found, grid)
+            pins = pins_of(SCHEMES[scheme], *found, grid) if scheme in SCHEMES else None
             plan = search_plan(*found, grid, cluster, pins).plan
+            if scheme == LESS:
+                less = replace(cluster, memory_bytes=SHARE * plan.memory.total)
+                plan = search_plan(*found, grid, less).plan
         except autotp.AutotpError as error:
             print(f"{shape:<17} {scheme:<18} refused: {error.what}")
             continue
@@ -107,7 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--all", action="store_true", help="all shapes, not three")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=SHORT)
-    parser.add_argument("--schemes", nargs="+", choices=[*SCHEMES, PICK], default=[*SCHEMES, PICK])
+    parser.add_argument("--schemes", nargs="+", choices=ROWS, default=ROWS)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     rows: list[Row] = []
@@ -122,7 +126,7 @@ def main() -> None:
         rows += mine
     print(f"median error of all {statistics.median(abs(r.error) for r in rows):.1%}")
     if args.out:
-        about = {"torch": torch.__version__, "pick_on": GRID}
+        about = {"torch": torch.__version__, "pick_on": SQUARE_GRID}
         body = {"about": about, "rows": [asdict(r) for r in rows]}
         args.out.write_text(json.dumps(body, indent=1) + "\n")
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -37,6 +38,8 @@ from torch.nn.parallel import DistributedDataParallel
 import autotp
 from autotp.cost_model.cluster import Cluster
 from autotp.schemes import SCHEMES, scheme_pins
+
+SQUARE_GRID = (2, 2)
 
 Variant = Callable[[Built, Cluster], tuple[Step, autotp.Plan | None]]
 Styles = dict[str, ParallelStyle]
@@ -72,6 +75,13 @@ def training_step(
 def planned(built: Built, cluster: Cluster) -> tuple[Step, autotp.Plan]:
     """Leave everything to the planner, the grid too."""
     return _parallel(built, dist.get_world_size(), cluster, None)
+
+
+def planned_in(share: float, built: Built, cluster: Cluster) -> tuple[Step, autotp.Plan]:
+    """Leave all but the grid to the planner, in a share of the memory that it would take."""
+    free = autotp.plan(built[0], SQUARE_GRID, built[1], cluster=cluster)
+    less = replace(cluster, memory_bytes=share * free.memory.total)
+    return _parallel(built, SQUARE_GRID, less, None)
 
 
 def scheme(name: str, grid: tuple[int, int], built: Built, cluster: Cluster) -> Any:
@@ -245,11 +255,14 @@ def one_process(built: Built, cluster: Cluster) -> tuple[Step, None]:
 SQUARE = ("batch_x_tensor", "ring_attention", "summa", "summa_abt", "weight_stationary")
 """The schemes whose axes have different roles; the others take all ranks as one axis."""
 
-GRIDS = {name: (2, 2) if name in SQUARE else (1, 4) for name in SCHEMES}
+GRIDS = {name: SQUARE_GRID if name in SQUARE else (1, 4) for name in SCHEMES}
 """The grid of four ranks that each scheme is run on."""
 
 REFERENCE = "torch TP"
 PLANNED = "autotp"
+SHARE = 0.9
+"""Of the memory of the free plan: what is made again costs little at first."""
+LESS = f"autotp in {SHARE:.0%}"
 
 
 def _schemes() -> dict[str, Variant]:
@@ -259,6 +272,7 @@ def _schemes() -> dict[str, Variant]:
 VARIANTS: dict[str, Variant] = {
     REFERENCE: partial(torch_tensor_parallel, False),
     PLANNED: planned,
+    LESS: partial(planned_in, SHARE),
     **_schemes(),
     "torch TP+SP": partial(torch_tensor_parallel, True),
     "torch DDP": torch_ddp,
