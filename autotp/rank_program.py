@@ -118,10 +118,15 @@ def alone(
         params=params,
         written=tuple(written[fqn] for fqn in program.mutations.values()),
         outputs=len(program.outputs),
-        optimizer=torch.optim.AdamW(trained) if plan.train and trained else None,
+        optimizer=_adamw(trained, device) if plan.train and trained else None,
         device=device,
         base_bytes=base_bytes,
     )
+
+
+def _adamw(trained: list[Tensor], device: torch.device) -> torch.optim.Optimizer:
+    """Return AdamW as it steps on a real rank: see `autotp.optimizers`."""
+    return torch.optim.AdamW(trained, fused=True if device.type == "cpu" else None)
 
 
 def timed(rank: RankProgram, clock: CopyClock, steps: int) -> dict[str, float]:

@@ -67,14 +67,12 @@ def parameter_state_bytes(held: Held, optimizer_states: int = ADAMW_STATES) -> i
 def adamw_scratch_bytes(trained: Sequence[int], cluster: Cluster) -> int:
     """Return what AdamW takes for a moment, given the bytes of each trained parameter.
 
-    On a GPU it updates all at once, and its denominator is as large as all parameters; on a CPU one
-    after the other, the denominator twice while it is divided.
+    On a GPU it updates all at once, and its denominator is as large as all parameters; on a CPU
+    `autotp.optimizers` chooses the fused kernel, which takes nothing.
 
-    Source: torch.optim.adamw, _multi_tensor_adamw (_foreach_sqrt) and _single_tensor_adamw.
+    Source: torch.optim.adamw, _multi_tensor_adamw (_foreach_sqrt) and _fused_adamw.
     """
-    if cluster.backend == "nccl":
-        return sum(trained)
-    return 2 * max(trained, default=0)
+    return sum(trained) if cluster.backend == "nccl" else 0
 
 
 def rank_memory(

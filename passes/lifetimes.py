@@ -1,7 +1,8 @@
 """The most bytes that one rank holds at once in a step, beside its parameters and their states.
 
-A step of n ops has 2 n + 1 moments: each op's forward, each op's backward in reverse, and the
-optimizer. Every tensor is a span of moments and a size (`Span`); the peak is the largest sum.
+A step of n ops has 4 n + 1 moments: before each op what moves to it, then the op; backward the same
+in reverse; and the optimizer. Every tensor is a span of moments and a size (`Span`); the peak is
+the largest sum.
 
     values      from their maker to their last reader, or to the backward of the first op that keeps
                 them; a copy in another layout from its move on; views lie in what they show
@@ -21,13 +22,16 @@ from autotp.cost_model.collectives import FREE
 from autotp.layouts import Layout, Shard
 from autotp.passes.kept import Copy, needed_copies
 from autotp.passes.network import Network
-from autotp.plan import Bucket, Decision, PlannedMove
+from autotp.plan import AT_ONCE, WHERE_MADE, Bucket, Decision, PlannedMove
 
 LOSSES = frozenset({"cross_entropy_loss", "nll_loss", "nll_loss_nd"})
 """Ops that make log-probabilities, and their gradient, as large as what they read."""
 
 BUFFERED = frozenset({"all_gather", "all_to_all", "reduce_scatter"})
 """Collectives whose blocks are put in order by one more copy of their buffer, but along dim 0."""
+
+EXCHANGED = frozenset({"reduce_scatter"})
+"""Collectives that gloo makes of an exchange, which receives what it sends, and local sums."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +45,11 @@ class Span:
 
 @dataclass(slots=True)
 class _Story:
-    """Who makes and reads what, by the number of the op; what is a view of what.
+    """When what is made and read, by the moment of forward; what is a view of what.
 
-    arrives    of what moves in company, before which op all of it is there
+    received   the collectives that receive in a buffer of their own
+    savers     the ops, by number, whose backward needs it
+    arrives    of what moves in company, when all of it does
     """
 
     network: Network
@@ -51,6 +57,7 @@ class _Story:
     moves: Sequence[PlannedMove]
     buckets: Sequence[Bucket]
     rest: Mapping[str, Layout]
+    received: frozenset[str]
     made_by: dict[str, int] = field(default_factory=dict)
     readers: dict[Copy, list[int]] = field(default_factory=dict)
     savers: dict[Copy, list[int]] = field(default_factory=dict)
@@ -58,12 +65,13 @@ class _Story:
     arrives: dict[Copy, int] = field(default_factory=dict)
 
     @property
-    def count(self) -> int:
-        return len(self.network.ops)
+    def end(self) -> int:
+        """The moment of the optimizer."""
+        return 4 * len(self.network.ops)
 
-    def back(self, op: int) -> int:
-        """Return the moment of an op's backward."""
-        return 2 * self.count - 1 - op
+    def back(self, moment: int) -> int:
+        """Return when backward does what forward did at a moment."""
+        return self.end - 1 - moment
 
     def origin(self, held: Copy) -> Copy:
         """Return whose bytes these are: what a view shows, what a move of nothing leaves."""
@@ -81,19 +89,21 @@ def peak_bytes(
     rest: Mapping[str, Layout],
     local_bytes: Callable[[str, Layout], int],
     optimizer_bytes: int,
+    backend: str,
 ) -> int:
     """Return the most bytes at once; `rest` are the layouts of parameters, which count nothing.
 
     `optimizer_bytes` are what the optimizer takes for a moment at the end.
     """
-    story = _read(_Story(network, decisions, moves, buckets, rest), outputs)
+    received = EXCHANGED if backend == "gloo" else frozenset[str]()
+    story = _read(_Story(network, decisions, moves, buckets, rest, received), outputs)
     spans = [
         *_values(story, local_bytes),
         *_gradients(story, local_bytes),
         *_scratch(story, local_bytes),
-        Span(2 * story.count, 2 * story.count, optimizer_bytes),
+        Span(story.end, story.end, optimizer_bytes),
     ]
-    change = np.zeros(2 * story.count + 2, dtype=np.int64)
+    change = np.zeros(story.end + 2, dtype=np.int64)
     for span in spans:
         change[span.start] += span.size_bytes
         change[span.end + 1] -= span.size_bytes
@@ -113,35 +123,47 @@ def _read(story: _Story, outputs: Sequence[Layout | None]) -> _Story:
                 story.shows[value, layout] = (op.operands[0], d.operands[0])
     for n, (op, d) in enumerate(zip(network.ops, decisions, strict=True)):
         for held in zip(op.operands, d.operands, strict=True):
-            _note(story, story.readers, held, n)
+            _note(story, story.readers, held, _runs(n))
         for held in needed_copies(network, op, d):
             _note(story, story.savers, held, n)
     for output, returned in zip(network.outputs, outputs, strict=True):
         if output and returned is not None:
-            _note(story, story.readers, (output, returned), story.count - 1)
-    for move in reversed(moves):  # what is moved on is read where that is first read
-        if first := story.readers.get(story.origin((move.value, move.after))):
-            _note(story, story.readers, (move.value, move.before), first[0])
+            _note(story, story.readers, (output, returned), _runs(len(network.ops) - 1))
+    for move in reversed(moves):
+        after = story.origin((move.value, move.after))
+        if after in story.readers:
+            _note(story, story.readers, (move.value, move.before), _moved_at(story, after))
     for bucket in story.buckets:
-        after = [(moves[n].value, moves[n].after) for n in bucket.moves]
-        first_of_all = min(story.readers.get(story.origin(held), [0])[0] for held in after)
-        story.arrives.update(dict.fromkeys(after, first_of_all))
+        company = [(moves[n].value, moves[n].after) for n in bucket.moves]
+        together = min(_moved_at(story, story.origin(held)) for held in company)
+        story.arrives.update(dict.fromkeys(company, together))
     return story
 
 
-def _note(story: _Story, table: dict[Copy, list[int]], held: Copy, op: int) -> None:
+def _runs(op: int) -> int:
+    """Return when an op runs, by its number: what moves to it does right before."""
+    return 2 * op + 1
+
+
+def _moved_at(story: _Story, held: Copy) -> int:
+    """Return when a copy is made by a move: right before it is first read."""
+    first = story.readers.get(held, [0])[0]
+    return story.arrives.get(held, first - first % 2)
+
+
+def _note(story: _Story, table: dict[Copy, list[int]], held: Copy, number: int) -> None:
     numbers = table.setdefault(story.origin(held), [])
-    numbers.append(op)
+    numbers.append(number)
     numbers.sort()
 
 
 def _start(story: _Story, held: Copy) -> int:
-    """Return where a value is made, or moved: right before the first reader of what moves so."""
+    """Return when a copy is made, by an op or by a move."""
     value, layout = held
     maker = story.made_by.get(value)
     if maker is not None and layout in story.decisions[maker].results:
-        return maker
-    return story.arrives.get(held, story.readers.get(held, [0])[0])
+        return _runs(maker)
+    return _moved_at(story, held)
 
 
 def _values(story: _Story, local_bytes: Callable[[str, Layout], int]) -> Iterator[Span]:
@@ -160,9 +182,10 @@ def _values(story: _Story, local_bytes: Callable[[str, Layout], int]) -> Iterato
         saved = story.savers.get(held, [])
         regions = {story.network.ops[n].region for n in saved}
         if saved and "" in regions:
-            end = story.back(min(n for n in saved if not story.network.ops[n].region))
+            first = min(n for n in saved if not story.network.ops[n].region)
+            end = story.back(_runs(first))
         elif saved:  # made again when backward comes to the region
-            yield Span(story.back(max(saved)), story.back(min(saved)), size)
+            yield Span(story.back(_runs(max(saved))), story.back(_runs(min(saved))), size)
         yield Span(start, end, size)
 
 
@@ -172,41 +195,58 @@ def _gradients(story: _Story, local_bytes: Callable[[str, Layout], int]) -> Iter
             continue
         start, size = story.back(readers[-1]), local_bytes(value, layout)
         if story.rest.get(value) == layout:
-            yield Span(start, 2 * story.count, size)
+            yield Span(start, story.end, size)
         else:
             yield Span(start, story.back(_start(story, (value, layout))), size)
     for value, layout in story.rest.items():
         if story.network.values[value].grad and (value, layout) not in story.readers:
-            yield Span(2 * story.count, 2 * story.count, local_bytes(value, layout))
+            yield Span(story.end, story.end, local_bytes(value, layout))
 
 
 def _scratch(story: _Story, local_bytes: Callable[[str, Layout], int]) -> Iterator[Span]:
     for n, (op, d) in enumerate(zip(story.network.ops, story.decisions, strict=True)):
         if op.call.op.name().partition("::")[2].partition(".")[0] in LOSSES:
             size = local_bytes(op.operands[0], d.operands[0])
-            yield Span(n, n, size)
+            moments = [_runs(n)]
             if story.network.values[op.results[0]].grad:
-                yield Span(story.back(n), story.back(n), size)
+                moments.append(story.back(_runs(n)))
+            yield from (Span(moment, moment, size) for moment in moments)
     yield from _buffers(story)
 
 
 def _buffers(story: _Story) -> Iterator[Span]:
-    """Yield the buffers of collectives: where what was moved is read, and where that goes back."""
-    at = [story.readers.get(story.origin((move.value, move.after)), [0])[0] for move in story.moves]
+    """Yield the buffers of collectives, each where it moves forward or back."""
     shared = {n for bucket in story.buckets for n in bucket.moves}
     for n, move in enumerate(story.moves):
-        if n not in shared and not _in_order(move):
-            if move.forward in BUFFERED:
-                yield Span(at[n], at[n], move.size_bytes)
-            if move.backward in BUFFERED:
-                yield Span(story.back(at[n]), story.back(at[n]), move.size_bytes)
-    for bucket in story.buckets:  # what they share is there when all are, first and last
-        move = story.moves[bucket.moves[0]]
-        first = story.arrives[move.value, move.after]
-        if bucket.forward not in FREE:
-            yield Span(first, first, bucket.size_bytes)
-        if bucket.backward not in FREE:
-            yield Span(story.back(first), story.back(first), bucket.size_bytes)
+        if n in shared:
+            continue
+        moment = _moved_at(story, story.origin((move.value, move.after)))
+        apart = 0 if _in_order(move) else move.size_bytes
+        for at, kind in ((moment, move.forward), (story.back(moment), move.backward)):
+            yield Span(at, at, (kind in BUFFERED) * apart)
+            yield Span(at, at, (kind in story.received) * move.size_bytes)
+        if (move.forward, move.backward) == ("none", "all_reduce"):  # the sum beside its term
+            yield Span(story.back(moment), story.back(moment), move.size_bytes)
+    for bucket in story.buckets:
+        yield from _shared_buffers(story, bucket)
+
+
+def _shared_buffers(story: _Story, bucket: Bucket) -> Iterator[Span]:
+    """Yield the buffers of a call for several moves: there when all are, and while it is begun."""
+    move = story.moves[bucket.moves[0]]
+    moment = story.arrives[move.value, move.after]
+    members = [story.moves[n] for n in bucket.moves]
+    apart = sum(m.size_bytes for m in members if not _in_order(m))
+    for at, kind in ((moment, bucket.forward), (story.back(moment), bucket.backward)):
+        copies = (kind not in FREE) + (kind in story.received)
+        yield Span(at, at, copies * bucket.size_bytes + (kind in BUFFERED) * apart)
+    if bucket.forward in FREE or bucket.begins in (AT_ONCE, WHERE_MADE):
+        return
+    begun = next(n for n, op in enumerate(story.network.ops) if op.name == bucket.begins)
+    yield Span(2 * begun, moment - 1, bucket.size_bytes)
+    if bucket.backward not in FREE:
+        copies = 1 + (bucket.backward in story.received)
+        yield Span(story.back(moment) + 1, story.back(2 * begun), copies * bucket.size_bytes)
 
 
 def _in_order(move: PlannedMove) -> bool:

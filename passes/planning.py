@@ -314,7 +314,7 @@ def _at_once(
     trained = [r.local_bytes for r in params.values() if r.trained]
     scratch = adamw_scratch_bytes(trained, prices.cluster)
     given = moved.moves, moved.buckets, outputs, rest
-    return peak_bytes(network, decisions, *given, local_bytes, scratch)
+    return peak_bytes(network, decisions, *given, local_bytes, scratch, prices.cluster.backend)
 
 
 def _memory(resting: Collection[Resting], again: Again, at_once: int) -> Memory:
