@@ -4,6 +4,8 @@
     scatter     reduce_scatter   exchange: an all-to-all and a local sum; all_reduce: of all, a part
     reduce      all_reduce       scatter_gather, scatter_exchange, scatter_ring: a reduce-scatter,
                                  and an all-gather, plain or by what is named
+    all three                    nodes_of_m: over two levels, m ranks in each node, both plain
+                                 (`autotp.cost_model.levels`)
 
 They are written over the raw collectives of an axis (`autotp.axis`), which counts what is sent and
 by which algorithm. Every rank gets the same bits of a sum: it is made once, or on all in one order.
@@ -18,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from autotp.cost_model.levels import members_of
+
 
 class Raw(Protocol):
     """The raw collectives of an axis, as its backend runs them; what is begun returns its end."""
@@ -26,6 +30,10 @@ class Raw(Protocol):
     index: int
 
     def _count(self, kind: str, x: Tensor, size_bytes: int | None = None, by: str = "") -> None: ...
+
+    def over_nodes(self, members: int, /) -> tuple[Raw, Raw]:
+        """Return the axes inside a node of so many ranks, and between nodes."""
+        ...
 
     def _begin_permute(
         self, x: Tensor, send: list[int], receive: list[int]
@@ -42,11 +50,15 @@ class Raw(Protocol):
 
 def gather(axis: Raw, x: Tensor, by: str = "") -> Tensor:
     """Return the wire of every rank's `x`."""
+    if members := members_of(by):
+        return _gather_over_nodes(axis, x, members)
     return GATHER[by](axis, x) if by else axis._all_gather(x)
 
 
 def scatter(axis: Raw, wire: Tensor, by: str = "") -> Tensor:
     """Return the sum over ranks of the block that is addressed to this one."""
+    if members := members_of(by):
+        return _scatter_over_nodes(axis, wire, members)
     return SCATTER[by](axis, wire) if by else axis._reduce_scatter(wire)
 
 
@@ -55,8 +67,12 @@ def reduce(axis: Raw, x: Tensor, by: str = "") -> Tensor:
     if not by:
         return axis._all_reduce(x, "sum")
     count = x.numel()
-    wire = pad(x.reshape(-1), (0, -count % axis.size)).reshape(axis.size, -1)
-    whole = gather(axis, axis._reduce_scatter(wire), REDUCE[by])
+    flat = pad(x.reshape(-1), (0, -count % axis.size))
+    if members := members_of(by):
+        whole = _reduce_over_nodes(axis, flat, members)
+    else:
+        part = axis._reduce_scatter(flat.reshape(axis.size, -1))
+        whole = gather(axis, part, REDUCE[by])
     return whole.reshape(-1)[:count].reshape(x.shape)
 
 
@@ -122,6 +138,30 @@ def scatter_by_exchange(axis: Raw, wire: Tensor) -> Tensor:
 
 def _scatter_by_all_reduce(axis: Raw, wire: Tensor) -> Tensor:
     return axis._all_reduce(wire, "sum")[axis.index].clone()
+
+
+# Two levels: index = node * members + place ------------------------------------------------------
+
+
+def _gather_over_nodes(axis: Raw, x: Tensor, members: int) -> Tensor:
+    """Gather between nodes, then inside: what comes is `"place node ..."`."""
+    inside, between = axis.over_nodes(members)
+    wire = inside._all_gather(between._all_gather(x))
+    return wire.transpose(0, 1).reshape(axis.size, *x.shape)
+
+
+def _scatter_over_nodes(axis: Raw, wire: Tensor, members: int) -> Tensor:
+    """Sum inside nodes what is addressed to each place in any node, then between nodes."""
+    inside, between = axis.over_nodes(members)
+    by_place = wire.reshape(-1, members, *wire.shape[1:]).transpose(0, 1)
+    return between._reduce_scatter(inside._reduce_scatter(by_place.contiguous()))
+
+
+def _reduce_over_nodes(axis: Raw, flat: Tensor, members: int) -> Tensor:
+    """Sum parts inside nodes, each part between nodes, and gather them inside."""
+    inside, between = axis.over_nodes(members)
+    part = inside._reduce_scatter(flat.reshape(members, -1))
+    return inside._all_gather(between._all_reduce(part, "sum"))
 
 
 GATHER: dict[str, Callable[[Raw, Tensor], Tensor]] = {

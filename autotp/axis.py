@@ -1,6 +1,6 @@
 """Axis: one axis of the grid as one rank sees it, with the raw collectives along it.
 
-    DistAxis     real ranks over a torch.distributed process group
+    Axis         what they have in common; `autotp.dist_axis` has that of real ranks
     ThreadAxis   simulated ranks: one thread each, in one process (`run_ranks`)
 
 Nothing here is differentiable: `autotp.collectives` gives each move its backward. Every axis counts
@@ -9,7 +9,6 @@ what it sends, forward and backward, by the formula that the cost model prices w
 
 from __future__ import annotations
 
-import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -18,14 +17,12 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh
 
 from autotp.algorithms import gather, permuted, reduce, scatter
-from autotp.cost_model.collectives import OTHERS, is_one_call, sent_bytes, wire_bytes_by
+from autotp.cost_model.collectives import OTHERS, level_bytes, sent_bytes, wire_bytes_by
+from autotp.cost_model.levels import fits, members_of, nodes_of
 from autotp.errors import RuntimeStateError
 from autotp.grid import Coords, Grid
-from autotp.liveness import last_node, lost
 
 Result = TypeVar("Result")
 Finish = Callable[[], Tensor]
@@ -40,6 +37,7 @@ class Axis(ABC):
 
     def __init__(self, name: str, size: int, index: int) -> None:
         self.name, self.size, self.index = name, size, index
+        self._over: dict[int, tuple[Axis, Axis]] = {}
         self.reset_sent()
 
     def __repr__(self) -> str:
@@ -56,6 +54,16 @@ class Axis(ABC):
         out: dict[str, Fraction] = {}
         for (kind, by), n in self._whole_bytes.items():
             out[kind] = out.get(kind, Fraction(0)) + sent_bytes(kind, n, self.size, by)
+        return out
+
+    @property
+    def sent_between(self) -> dict[str, Fraction]:
+        """The part of the bytes sent that algorithms of two levels have sent between nodes."""
+        out: dict[str, Fraction] = {}
+        for (kind, by), n in self._whole_bytes.items():
+            if members := members_of(by):
+                sent = level_bytes(kind, n, self.size, members)[1]
+                out[kind] = out.get(kind, Fraction(0)) + sent
         return out
 
     @property
@@ -80,6 +88,26 @@ class Axis(ABC):
     def algorithms(self, kind: str) -> tuple[str, ...]:
         """Return what a kind may be made of here beside its plain algorithm."""
         return OTHERS.get(kind, ())
+
+    def over_nodes(self, members: int) -> tuple[Axis, Axis]:
+        """Return the axes of two levels, where each node has so many consecutive ranks of this one.
+
+        The first is of the ranks of this rank's node, the second of those at its place in each
+        node. They are made once, by all ranks of the grid together. Raises RuntimeStateError where
+        the ranks do not fill several nodes.
+        """
+        if not fits(members, self.size):
+            raise RuntimeStateError(
+                f"axis {self.name!r} has no two levels by {nodes_of(members)!r}",
+                at=[("ranks", f"{self.size}: not several nodes of {members} ranks, several each")],
+                remedy="plan again, for this grid",
+            )
+        if members not in self._over:
+            self._over[members] = self._levels(members)
+        return self._over[members]
+
+    @abstractmethod
+    def _levels(self, members: int) -> tuple[Axis, Axis]: ...
 
     def all_gather(self, x: Tensor, by: str = "") -> Tensor:
         """Return the wire of every rank's `x`, which must have one shape on all of them."""
@@ -149,109 +177,6 @@ class Axis(ABC):
         return lambda: out
 
 
-# Real ranks ------------------------------------------------------------------------------------
-
-_FUNCTIONAL = torch.ops._c10d_functional  # the ops that torch.compile can trace
-
-
-class DistAxis(Axis):
-    """An axis over a process group; gloo has no native reduce-scatter, so it is built there."""
-
-    def __init__(self, name: str, group: ProcessGroup) -> None:
-        super().__init__(name, group.size(), group.rank())
-        self.group = group
-        self.group_name: str = group.group_name
-        self._sum_locally: bool = torch.distributed.get_backend(group) == "gloo"
-
-    def algorithms(self, kind: str) -> tuple[str, ...]:
-        """Return what a kind may be made of here beside its plain algorithm."""
-        plain = "exchange" if self._sum_locally and kind == "reduce_scatter" else ""
-        return tuple(by for by in super().algorithms(kind) if by != plain)
-
-    def _all_gather(self, x: Tensor) -> Tensor:
-        return self._call(*self._started("all_gather", x))
-
-    def _reduce_scatter(self, wire: Tensor) -> Tensor:
-        return self._ended("reduce_scatter", self._call(*self._started("reduce_scatter", wire)))
-
-    def _all_reduce(self, x: Tensor, op: str) -> Tensor:
-        return self._call("all_reduce", x, op)
-
-    def _all_to_all(self, x: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        return self._call("all_to_all_single", x, receive, send)
-
-    def begin(self, kind: str, x: Tensor, by: str = "") -> Finish:
-        """Begin a collective and return what waits for its end; raises LostRankError, both do.
-
-        One that is made of several calls runs at once.
-        """
-        if x.is_complex() or torch.compiler.is_compiling() or not is_one_call(kind, by):
-            return super().begin(kind, x, by)
-        self._count(kind, x, x.nbytes * self.size if kind == "all_gather" else None, by)
-        op, given, *rest = self._started(kind, x.contiguous(), by)
-        start = getattr(_FUNCTIONAL, op + "_" * (kind == "all_reduce"))  # that one in place
-        out = self._or_lost(op, lambda: start(given, *rest, self.group_name))
-        return lambda: self._ended(kind, self._or_lost(op, lambda: _wait(out)), by)
-
-    def _begin_permute(self, x: Tensor, send: list[int], receive: list[int]) -> Finish:
-        if x.is_complex() or torch.compiler.is_compiling():
-            return super()._begin_permute(x, send, receive)
-        start = _FUNCTIONAL.all_to_all_single
-        out = self._or_lost("permute", lambda: start(x, receive, send, self.group_name))
-        return lambda: self._or_lost("permute", lambda: _wait(out))
-
-    def _started(self, kind: str, x: Tensor, by: str = "") -> tuple[Any, ...]:
-        """Return torch's op of a kind and its arguments."""
-        ones = [1] * self.size
-        if kind == "all_gather" and by:
-            return "all_to_all_single", x.expand(self.size, *x.shape).contiguous(), ones, ones
-        if kind == "all_gather":
-            return "all_gather_into_tensor", x.unsqueeze(0), self.size
-        if kind == "all_reduce":
-            return "all_reduce", x, "sum"
-        if self._sum_locally or by:  # gloo's own sends twice the bytes
-            return "all_to_all_single", x, ones, ones
-        return "reduce_scatter_tensor", x, "sum", self.size
-
-    def _ended(self, kind: str, out: Tensor, by: str = "") -> Tensor:
-        """Return the result of a kind from what torch's op returned."""
-        if kind != "reduce_scatter":
-            return out
-        return out.sum(0, dtype=out.dtype) if self._sum_locally or by else out.squeeze(0)
-
-    def _call(self, op: str, x: Tensor, *arguments: Any) -> Tensor:
-        """Return what a collective returns, complex numbers sent as pairs.
-
-        Raises LostRankError where a rank does not take part.
-        """
-        if x.is_complex():  # gloo sends none in an all-to-all
-            pairs = torch.view_as_real(x.resolve_conj())
-            return torch.view_as_complex(self._call(op, pairs, *arguments))
-        start = getattr(_FUNCTIONAL, op)
-        if torch.compiler.is_compiling():
-            return _wait(start(x, *arguments, self.group_name))
-        return self._or_lost(op, lambda: _wait(start(x, *arguments, self.group_name)))
-
-    def _or_lost(self, op: str, run: Callable[[], Tensor]) -> Tensor:
-        try:
-            return run()
-        except RuntimeError as error:
-            node = last_node(sys._getframe())
-            raise lost(f"{op} on axis {self.name!r}", node, error) from error
-
-
-def _wait(pending: Tensor) -> Tensor:
-    done: Tensor = _FUNCTIONAL.wait_tensor(pending)
-    return done
-
-
-def dist_axes(mesh: DeviceMesh, names: Sequence[str] = ()) -> dict[str, Axis]:
-    """Return the axes of a DeviceMesh as this rank sees them, under `names` or the mesh's own."""
-    named = tuple(names) or mesh.mesh_dim_names
-    assert named is not None, "an unnamed mesh: autotp.grid names its axes first"
-    return {name: DistAxis(name, mesh.get_group(a)) for a, name in enumerate(named)}
-
-
 # Simulated ranks -------------------------------------------------------------------------------
 
 
@@ -270,6 +195,8 @@ class _Meeting:
         self._changed = threading.Condition()
         self._arrived = self._round = 0
         self._closed = ""
+        self._parts: dict[tuple[int, ...], _Meeting] = {}
+        self._gone: dict[int, str] = {}
 
     def wait(self) -> None:
         """Block until all have come, or raise because one never will."""
@@ -283,11 +210,25 @@ class _Meeting:
             if self._round == this_round:
                 raise _RankLostError(self._closed)
 
-    def close(self, reason: str) -> None:
-        """Raise in everyone who waits for a full round, now and later."""
+    def leave(self, index: int, reason: str) -> None:
+        """Raise in everyone who waits for a full round with one rank, now and later."""
         with self._changed:
+            self._gone[index] = reason
             self._closed = self._closed or reason
             self._changed.notify_all()
+            for members, part in self._parts.items():
+                if index in members:
+                    part.leave(members.index(index), reason)
+
+    def part(self, members: tuple[int, ...]) -> _Meeting:
+        """Return the meeting of some of the ranks."""
+        with self._changed:
+            if members not in self._parts:
+                self._parts[members] = _Meeting(len(members))
+                for place, index in enumerate(members):
+                    if index in self._gone:
+                        self._parts[members].leave(place, self._gone[index])
+            return self._parts[members]
 
 
 class ThreadAxis(Axis):
@@ -296,6 +237,16 @@ class ThreadAxis(Axis):
     def __init__(self, name: str, index: int, meeting: _Meeting) -> None:
         super().__init__(name, len(meeting.slots), index)
         self.meeting = meeting
+
+    def _levels(self, members: int) -> tuple[Axis, Axis]:
+        node, place = divmod(self.index, members)
+        first = self.index - place
+        inside = self.meeting.part(tuple(range(first, first + members)))
+        between = self.meeting.part(tuple(range(place, self.size, members)))
+        return (
+            ThreadAxis(f"{self.name} inside nodes", place, inside),
+            ThreadAxis(f"{self.name} between nodes", node, between),
+        )
 
     def _all_gather(self, x: Tensor) -> Tensor:
         return self._meet("all_gather", x, x, torch.stack)
@@ -361,7 +312,7 @@ def run_ranks(grid: Grid, fn: Callable[[int, dict[str, Axis]], Result]) -> list[
             failures[rank] = error
             reason = f"rank {rank} raised {type(error).__name__}: {error}"
         for axis in axes[rank].values():
-            axis.meeting.close(reason)
+            axis.meeting.leave(axis.index, reason)
 
     threads = [threading.Thread(target=work, args=(r,), daemon=True) for r in axes]
     for thread in threads:

@@ -22,7 +22,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from autotp.axis import DistAxis
 from autotp.cost_model.calibration import (
     Measured,
     Overlap,
@@ -33,7 +32,9 @@ from autotp.cost_model.calibration import (
     typical,
 )
 from autotp.cost_model.compute import matmul_flops
+from autotp.cost_model.levels import fits
 from autotp.cost_model.link_fit import Timing
+from autotp.dist_axis import DistAxis
 from autotp.measure_jobs import (
     CHAIN,
     DTYPES,
@@ -141,7 +142,11 @@ MOST_PRODUCTS = 32
 def _axis(shape: Shape) -> DistAxis:
     """Return this rank's group of a shape; each group is made by its own ranks."""
     group = dist.new_group(shape.group(dist.get_rank()), use_local_synchronization=True)
-    return DistAxis(f"stride {shape.stride}", group)
+    everyone = dict.fromkeys(tuple(shape.group(r)) for r in range(dist.get_world_size()))
+    axis = DistAxis(f"stride {shape.stride}", group, [*everyone])
+    if fits(shape.members, shape.ranks):
+        axis.over_nodes(shape.members)
+    return axis
 
 
 def _leave(axis: DistAxis) -> None:
@@ -151,7 +156,8 @@ def _leave(axis: DistAxis) -> None:
     would get the name again, and with it the addresses that this one left in the store.
     """
     if dist.get_backend(axis.group) != "gloo":
-        dist.destroy_process_group(axis.group)
+        for group in axis.groups():
+            dist.destroy_process_group(group)
 
 
 def _pilot(clock: _Rounds, axis: DistAxis, device: torch.device) -> tuple[list[str], int]:

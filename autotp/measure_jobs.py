@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
-from autotp.axis import DistAxis
+from autotp.cost_model.levels import STAGES, fits, nodes_of
+from autotp.dist_axis import DistAxis
 from autotp.layouts import I
 from autotp.optimizers import watch_optimizers
 from autotp.placements import as_dtensor, as_parameter
@@ -84,7 +85,8 @@ def collective_jobs(
         }
         for kind, run in runs.items():
             yield Job((kind, axis.size, members, wire.nbytes, ""), run, calls)
-            for by in axis.algorithms(kind):
+            levels = (nodes_of(members),) if kind in STAGES and fits(members, axis.size) else ()
+            for by in (*axis.algorithms(kind), *levels):
                 named = partial(run, by=by)
                 yield Job((kind, axis.size, members, wire.nbytes, by), named, calls)
 

@@ -19,7 +19,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
-from autotp.axis import Axis, dist_axes
+from autotp.axis import Axis
+from autotp.dist_axis import dist_axes
 from autotp.distribute import distribute, owners_of, whole_parameters
 from autotp.errors import RuntimeStateError
 from autotp.grid import Coords, Grid

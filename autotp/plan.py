@@ -15,6 +15,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from autotp.cost_model.levels import between_share, members_of
 from autotp.dynamic import Dynamic
 from autotp.errors import PlanError
 from autotp.grid import Grid
@@ -248,6 +249,25 @@ class Plan:
         for _name, axis, kind, size in self.internal:
             out[kind, axis] = out.get((kind, axis), Fraction(0)) + size
         return out
+
+    def sent_between(self) -> dict[tuple[str, str], Fraction]:
+        """Return the part of `sent` that collectives of two levels send between nodes."""
+        out: dict[tuple[str, str], Fraction] = {}
+        for m in self.moves:
+            ways = {m.forward: m.by, m.backward: m.back_by}
+            ranks = self.grid.sizes[self.grid.axis(m.axis)]
+            for kind, size in m.sent:
+                if members := members_of(ways[kind]):
+                    part = size * between_share(ranks, members)
+                    out[kind, m.axis] = out.get((kind, m.axis), Fraction(0)) + part
+        return out
+
+    def levels(self) -> list[tuple[str, int]]:
+        """Return the axes whose collectives have two levels, and the ranks in each node there."""
+        called: list[PlannedMove | Bucket] = [*self.moves, *self.buckets]
+        ways = [(c.axis, members_of(by)) for c in called for by in (c.by, c.back_by)]
+        found = {(axis, members) for axis, members in ways if members}
+        return sorted(found, key=lambda level: (self.grid.axis(level[0]), level[1]))
 
     @property
     def comm_bytes(self) -> Fraction:

@@ -112,7 +112,9 @@ def _sent_text(plan: Plan) -> str:
         for (kind, axis), size in sorted(plan.sent().items())
     ]
     total = bytes_text(float(plan.comm_bytes))
-    return f"{total}: {', '.join(parts)}" if parts else "nothing"
+    between = float(sum(plan.sent_between().values()))
+    levels = f"; {bytes_text(between)} of it between nodes, by two levels" if between else ""
+    return f"{total}: {', '.join(parts)}{levels}" if parts else "nothing"
 
 
 def _layer_text(plan: Plan) -> str:

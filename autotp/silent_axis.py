@@ -59,6 +59,13 @@ class SilentAxis(Axis):
         super().__init__(name, size, index)
         self.clock = clock
 
+    def _levels(self, members: int) -> tuple[Axis, Axis]:
+        node, place = divmod(self.index, members)
+        return (
+            SilentAxis(f"{self.name} inside nodes", members, place, self.clock),
+            SilentAxis(f"{self.name} between nodes", self.size // members, node, self.clock),
+        )
+
     def _all_gather(self, x: Tensor) -> Tensor:
         with self.clock.running():
             return x.new_empty((self.size, *x.shape)).copy_(x)

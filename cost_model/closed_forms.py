@@ -7,6 +7,7 @@ weight_stationary       T h / (r c) (24 (r-1) + 8 (c-1))
 batch_tensor            8 (n-1)/n T h / a + 24 (a-1)/(a n) h^2, n = p / a
 fully_sharded           g (p-1)/p 12 h^2
 ring_attention          2 (3p-2)/p T h
+two_level_volume        inside nodes and between them, m ranks in each of k nodes
 crossover               the tokens T = b s at which two of them are equal
 """
 
@@ -19,6 +20,7 @@ import sympy
 from sympy import Expr, Integer, Symbol
 
 from autotp.cost_model.collectives import FREE, ROUNDS
+from autotp.cost_model.levels import STAGES
 
 Collective = tuple[str, Expr, Expr]
 """A kind, the size of its whole buffer, its ranks."""
@@ -103,6 +105,20 @@ def ring_attention(p: Expr = p) -> Expr:
     Source: Li et al. 2021, "Sequence Parallelism", section 3.2, arXiv 2105.13120.
     """
     return 2 * (3 * p - 2) / p * b * s * h
+
+
+def two_level_volume(kind: str, size: Expr, m: Expr, k: Expr) -> tuple[Expr, Expr]:
+    """Return what a rank sends inside its node and between nodes for a collective of two levels.
+
+    Source: Cho et al. 2019, "BlueConnect", section 3.
+
+    >>> two_level_volume("all_reduce", h, q, r)
+    (2*h*(q - 1)/q, 2*h*(r - 1)/(q*r))
+    """
+    stages = STAGES[kind]
+    inside = [(stage.kind, size, m) for stage in stages if stage.inside]
+    between = [(stage.kind, size / m, k) for stage in stages if not stage.inside]
+    return sent_volume(inside), sent_volume(between)
 
 
 def crossover(first: Expr, second: Expr) -> Expr | None:

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from autotp.cost_model.levels import fits, members_of
 from autotp.errors import AutotpError
 
 
@@ -41,7 +42,8 @@ class Link:
 
     `call_s` is paid once per collective. `sum_bytes_per_s` is how fast a rank reads what it sums
     itself. `rates` hold what a kind reaches instead of the link's own figures. `low_latency` is a
-    second protocol over the same wire: the faster of the two is taken for each message.
+    second protocol over the same wire: the faster of the two is taken for each message. `levels`
+    are the two links that it is made of, where it has equal parts of a group in several nodes.
     """
 
     latency_s: float
@@ -50,6 +52,7 @@ class Link:
     sum_bytes_per_s: float = math.inf
     rates: tuple[Rate, ...] = ()
     low_latency: Link | None = None
+    levels: Levels | None = None
 
     def __post_init__(self) -> None:
         assert self.latency_s >= 0 and self.bandwidth_bytes_per_s > 0, self
@@ -69,6 +72,20 @@ class Link:
     def measured(self, kind: str) -> tuple[str, ...]:
         """Return the algorithms, beside the backend's plain one, whose rates are known."""
         return tuple(sorted({r.by for r in self.rates if r.kind == kind and r.by}))
+
+
+@dataclass(frozen=True, slots=True)
+class Levels:
+    """The links inside a node and between nodes of a group with `members` ranks in each node.
+
+    To put the whole buffer in order takes one op, which reads and writes `copy_bytes_per_s`.
+    """
+
+    members: int
+    inside: Link
+    between: Link
+    op_s: float
+    copy_bytes_per_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,13 +130,21 @@ class Cluster:
         """Return the link of `axis`: ranks are numbered row-major, the last axes inside a node.
 
         An axis whose stride * size ranks fit a node stays inside; any other one crosses nodes.
+        One with as many of its ranks, several, in each node has two levels.
         """
         stride = math.prod(grid_sizes[axis + 1 :])
         if stride * grid_sizes[axis] <= self.ranks_per_node:
             return self.intra
         members = max(1, self.ranks_per_node // stride)
         measured = dict(self.crossings).get(members)
-        return measured or crossing(self.intra, self.inter, grid_sizes[axis], members)
+        link = measured or crossing(self.intra, self.inter, grid_sizes[axis], members)
+        if self.ranks_per_node % stride or not fits(members, grid_sizes[axis]):
+            return _one_level(link)
+        return link if measured else replace(link, levels=self._levels(members))
+
+    def _levels(self, members: int) -> Levels:
+        costs = self.op_overhead_s, self.memory_bandwidth_bytes_per_s
+        return Levels(members, self.intra, self.inter, *costs)
 
     def place(self, grid_sizes: Sequence[int], axis: int) -> str:
         """Say where `axis` runs: "inside" a node, "between" nodes, or "across" both."""
@@ -150,6 +175,12 @@ class Cluster:
 def dtype_name(dtype: object) -> str:
     """Return the name of a dtype given as a name or as a torch.dtype: `float32`."""
     return str(dtype).removeprefix("torch.")
+
+
+def _one_level(link: Link) -> Link:
+    """Return a link without what was measured of two levels: nodes have uneven parts of a group."""
+    rates = tuple(r for r in link.rates if not members_of(r.by))
+    return link if rates == link.rates else replace(link, rates=rates)
 
 
 def crossing(intra: Link, inter: Link, ranks: int, members: int) -> Link:

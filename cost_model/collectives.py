@@ -12,6 +12,7 @@ With n ranks, a seconds of latency per step and w bytes per second sent:
     fastest         the algorithm that this is, "" where it is the plain one
     PLAIN           which algorithm a backend runs for a kind where none is asked for
     OTHERS          what else a kind may be made of: `autotp.algorithms` runs these
+    level_bytes     what is sent inside nodes and between them where a group has two levels
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from typing import Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from autotp.cost_model.cluster import Link
+from autotp.cost_model.cluster import Levels, Link
+from autotp.cost_model.levels import REORDERS, STAGES, fits, members_of, nodes_of
 
 Amount = TypeVar("Amount", float, NDArray[np.float64])
 """Bytes or seconds: one number, or an array of them."""
@@ -45,7 +47,19 @@ OTHERS: dict[str, tuple[str, ...]] = {
     ring              all_gather as n-1 permutes, each of what came in last
     all_reduce        reduce_scatter as the whole sum, of which each rank keeps a block
     scatter_...       all_reduce as a reduce-scatter and an all-gather: plain, or by what is named
+
+`algorithms` adds those of two levels, by groups inside nodes and between: `nodes_of_2`.
 """
+
+
+def algorithms(kind: str, ranks: int) -> tuple[str, ...]:
+    """Return the algorithms of a kind over a group of `ranks`, beside the plain one.
+
+    >>> algorithms("reduce_scatter", 4)
+    ('all_reduce', 'exchange', 'nodes_of_2')
+    """
+    levels = [m for m in range(2, ranks) if fits(m, ranks)] if kind in STAGES else []
+    return (*OTHERS.get(kind, ()), *map(nodes_of, levels))
 
 
 def is_one_call(kind: str, by: str) -> bool:
@@ -81,11 +95,26 @@ def sent_bytes(kind: str, size_bytes: int, ranks: int, by: str = "") -> Fraction
     return Fraction(rounds(kind, by) * size_bytes * (ranks - 1), ranks)
 
 
+def level_bytes(kind: str, size_bytes: int, ranks: int, members: int) -> tuple[Fraction, Fraction]:
+    """Return what each rank sends inside its node and between nodes by an algorithm of two levels.
+
+    Together they are `sent_bytes`.
+
+    >>> print(*level_bytes("all_gather", 12, 4, 2), *level_bytes("all_reduce", 12, 4, 2))
+    6 3 12 6
+    """
+    sent = {True: Fraction(0), False: Fraction(0)}
+    for stage in STAGES[kind]:
+        met, part = (members, 1) if stage.inside else (ranks // members, members)
+        sent[stage.inside] += Fraction(ROUNDS[stage.kind] * size_bytes * (met - 1), met * part)
+    return sent[True], sent[False]
+
+
 def collective_s(kind: str, size_bytes: Amount, ranks: int, link: Link, backend: str) -> Amount:
     """Return the seconds of `kind` over buffers of `size_bytes`: of the fastest known algorithm."""
     seconds = plain_s(kind, size_bytes, ranks, link, backend)
     for by in _known(kind, ranks, link):
-        seconds = _faster(seconds, _steps_s(kind, size_bytes, ranks, link, by))
+        seconds = _faster(seconds, _by_s(kind, size_bytes, ranks, link, backend, by))
     return seconds
 
 
@@ -104,13 +133,28 @@ def fastest(kind: str, size_bytes: int, ranks: int, link: Link, backend: str) ->
     known = _known(kind, ranks, link)
     if not known:
         return ""
-    ways = [(_steps_s(kind, float(size_bytes), ranks, link, by), by) for by in known]
+    ways = [(_by_s(kind, float(size_bytes), ranks, link, backend, by), by) for by in known]
     return min([(plain_s(kind, float(size_bytes), ranks, link, backend), ""), *ways])[1]
 
 
 def _known(kind: str, ranks: int, link: Link) -> tuple[str, ...]:
-    """Return the algorithms of a kind, beside the plain one, that were measured on a link."""
-    return () if kind in FREE or ranks == 1 else link.measured(kind)
+    """Return the algorithms of a kind, beside the plain one, whose price a link knows.
+
+    Those that were measured, and that of its two levels.
+    """
+    if kind in FREE or ranks == 1:
+        return ()
+    levels = (nodes_of(link.levels.members),) if link.levels and kind in STAGES else ()
+    found = dict.fromkeys((*link.measured(kind), *levels))
+    return tuple(by for by in found if not (m := members_of(by)) or fits(m, ranks))
+
+
+def _by_s(kind: str, size_bytes: Amount, ranks: int, link: Link, backend: str, by: str) -> Amount:
+    """Return the seconds of a known algorithm: as measured, else of its stages."""
+    if by in link.measured(kind):
+        return _steps_s(kind, size_bytes, ranks, link, by)
+    assert link.levels is not None, by
+    return two_level_s(kind, size_bytes, ranks, link.levels, backend)
 
 
 def _faster(a: Amount, b: Amount) -> Amount:
@@ -174,6 +218,25 @@ def one_step(size_bytes: Amount, ranks: int, link: Link) -> Amount:
     """Send the whole buffer to one other rank while that of another comes in."""
     rate = link.rate("permute", ranks)
     return size_bytes / rate.bandwidth_bytes_per_s + (rate.latency_s + link.call_s)
+
+
+def two_level_s(kind: str, size_bytes: Amount, ranks: int, levels: Levels, backend: str) -> Amount:
+    """Run the stages of `kind` one after the other: inside nodes over N, between them over N/m.
+
+    All m groups between nodes run at once: each rank has its share of the node's network. Blocks
+    are put in order by a copy, which reads and writes N.
+
+    Source: Cho et al. 2019, "BlueConnect", section 3, without its pipelining of stages.
+    """
+    m, k = levels.members, ranks // levels.members
+    seconds = size_bytes * 0.0
+    for stage in STAGES[kind]:
+        size, met = (size_bytes, m) if stage.inside else (size_bytes / m, k)
+        link = levels.inside if stage.inside else levels.between
+        seconds = seconds + plain_s(stage.kind, size, met, link, backend)
+    if kind in REORDERS:
+        seconds = seconds + (size_bytes * (2 / levels.copy_bytes_per_s) + levels.op_s)
+    return seconds
 
 
 def _sum_s(size_bytes: Amount, ranks: int, link: Link) -> Amount:

@@ -25,6 +25,7 @@ from scipy.optimize import linprog
 
 from autotp.cost_model.cluster import Link, Rate
 from autotp.cost_model.collectives import ROUNDS
+from autotp.cost_model.levels import members_of
 
 FASTEST_BYTES_PER_S = 1e14
 """Far above any link: the bandwidth where timings do not grow with bytes at all."""
@@ -38,6 +39,9 @@ TRIANGLES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("all_to_all", ("all_gather by exchange",)),
     ("all_to_all", ("all_gather by ring",)),
     ("all_reduce", ("reduce_scatter by all_reduce",)),
+    ("all_reduce", ("reduce_scatter by exchange", "all_gather")),
+    ("all_reduce", ("reduce_scatter by exchange", "all_gather by exchange")),
+    ("all_reduce", ("reduce_scatter by exchange", "all_gather by ring")),
     ("all_to_all", ("reduce_scatter by all_reduce",)),
     ("all_to_all", ("reduce_scatter by exchange",)),
     ("all_reduce by scatter_gather", ("reduce_scatter", "all_gather")),
@@ -53,6 +57,21 @@ TRIANGLES: tuple[tuple[str, tuple[str, ...]], ...] = (
 """A way, and the chain that does the same work: slices and zeros around it cost nothing here.
 
 Over one axis these imply every triangle of `autotp.layouts.MOVES`, forward and backward together.
+"""
+
+TWO_LEVELS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("reduce_scatter by {}", ("all_reduce by {}",)),
+    ("all_gather by {}", ("all_reduce by {}",)),
+    ("all_reduce by {}", ("reduce_scatter by {}", "all_gather by {}")),
+    ("all_reduce by {}", ("reduce_scatter by {}", "all_gather")),
+    ("all_reduce by {}", ("reduce_scatter by {}", "all_gather by exchange")),
+    ("all_reduce by {}", ("reduce_scatter by {}", "all_gather by ring")),
+    ("all_reduce by {}", ("reduce_scatter", "all_gather by {}")),
+    ("all_reduce by {}", ("reduce_scatter by exchange", "all_gather by {}")),
+)
+"""The same for each algorithm of two levels, such as `nodes_of_2`.
+
+Not of an exchange: it sends a message to every rank, which two gathers and slices may really beat.
 """
 
 
@@ -136,12 +155,23 @@ def _orders(number: dict[tuple[str, int], int]) -> Iterator[list[Term]]:
         more = [m for k, m in number if k == kind and m > n]
         if more:
             yield from _below((kind, n), [(kind, min(more))], number, share=1.0)
-    for kind, chain in TRIANGLES:
+    for kind, chain in triangles({way for way, _ in number}):
         for n in [n for k, n in number if k == kind]:
             parts = [(k, n) for k in chain]
             if all(p in number for p in parts):
                 share = 1.0 / n if kind == "all_to_all" else 1.0
                 yield from _below((kind, n), parts, number, share)
+
+
+def triangles(ways: Iterable[str]) -> list[tuple[str, tuple[str, ...]]]:
+    """Return TRIANGLES, and those of the algorithms of two levels that stand among `ways`."""
+    levels = sorted({by for way in ways if members_of(by := way.partition(" by ")[2])})
+    each = [
+        (way.format(by), tuple(part.format(by) for part in chain))
+        for by in levels
+        for way, chain in TWO_LEVELS
+    ]
+    return [*TRIANGLES, *each]
 
 
 def _below(

@@ -11,7 +11,7 @@ from unittest import mock
 import numpy as np
 
 from autotp.cost_model.cluster import bandwidth_bound
-from autotp.cost_model.collectives import OTHERS
+from autotp.cost_model.collectives import algorithms
 from autotp.passes import strategies
 from autotp.passes.moves import Moves
 from autotp.passes.planning import read_plan
@@ -27,7 +27,7 @@ class AnyAlgorithm(Moves):
 
     def algorithm(self, kind, size_bytes, axis):
         rng = random.Random(f"{kind} {size_bytes} {axis}")
-        return rng.choice(("", *OTHERS.get(kind, ())))
+        return rng.choice(("", *algorithms(kind, self.grid.sizes[axis])))
 
 
 class DetourMoves(AnyAlgorithm):

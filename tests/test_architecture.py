@@ -25,6 +25,7 @@ RUNTIME = {
     "algorithms",
     "axis",
     "collectives",
+    "dist_axis",
     "liveness",
     "local_losses",
     "local_lookups",

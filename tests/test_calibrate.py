@@ -16,6 +16,7 @@ from autotp.cli import main
 from autotp.cost_model.calibration import fit
 from autotp.cost_model.cluster import dgx_h100
 from autotp.cost_model.collectives import OTHERS
+from autotp.cost_model.levels import STAGES
 from autotp.errors import CalibrationError
 from autotp.launch import launch
 from autotp.measure import Effort, ranks_per_node, shapes_of
@@ -76,6 +77,8 @@ def test_what_is_measured_is_kept_in_place_of_a_spoilt_file_and_usable(by_rank):
     for kind, algorithms in OTHERS.items():
         plain = "exchange" if kind == "reduce_scatter" else ""
         assert cluster.intra.measured(kind) == tuple(by for by in algorithms if by != plain)
+    (crossing,) = [link for members, link in by_rank[0][4].crossings if members == 2]
+    assert all("nodes_of_2" in crossing.measured(kind) for kind in STAGES)
     assert 1e6 < cluster.memory_bandwidth_bytes_per_s < 1e13
     assert 1e7 < cluster.matmul_flops_per_s("float32") < 1e14
     assert 1e-8 < cluster.op_overhead_s < 1e-1 and cluster.memory_bytes > 1e8

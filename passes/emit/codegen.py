@@ -71,6 +71,8 @@ def emit(
             note_region(e.graph, last, program.regions[node.name])
     _emit_output(e)
     state = RandomState(exact=e.sites.exact)
+    for name, members in plan.levels():
+        axes[name].over_nodes(members)  # groups are made here, by all ranks in one order
     root = {name: state if name == "rng" else axes[name] for name in e.attributes}
     module = fx.GraphModule(root, e.graph, class_name=f"Rank{plan.grid.rank(coords)}")
     module.meta["rng"] = state if "rng" in root else None

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import fx
 
-from autotp.cost_model.collectives import OTHERS
+from autotp.cost_model.collectives import algorithms
 from autotp.errors import LayoutError
 from autotp.grid import Grid
 from autotp.late import late
@@ -96,16 +96,19 @@ def _move_problems(node: fx.Node, network: Network, grid: Grid) -> list[tuple[st
         return [(node.name, f"{text} is not what {call.target.__name__} does")]
     if call.args[1].name != grid.names[axis]:
         return [(node.name, f"{text} is a move of axis {grid.names[axis]}")]
-    return _algorithm_problems(node, call, MOVES[kind(before[axis]), kind(after[axis])])
+    move = MOVES[kind(before[axis]), kind(after[axis])]
+    return _algorithm_problems(node, call, move, grid.sizes[axis])
 
 
-def _algorithm_problems(node: fx.Node, call: fx.Node, move: Move) -> list[tuple[str, str]]:
+def _algorithm_problems(
+    node: fx.Node, call: fx.Node, move: Move, ranks: int
+) -> list[tuple[str, str]]:
     """Hold that a collective, and that of its gradient, have the algorithms that are named."""
     named = (move.forward, call.kwargs.get("by")), (move.backward, call.kwargs.get("back_by"))
     return [
-        (node.name, f"{what} cannot be made by {by!r}")
+        (node.name, f"{what} over {ranks} ranks cannot be made by {by!r}")
         for what, by in named
-        if by is not None and by not in OTHERS.get(what, ())
+        if by is not None and by not in algorithms(what, ranks)
     ]
 
 

@@ -12,13 +12,15 @@ from hypothesis import strategies as st
 from autotp.cost_model.calibration import typical
 from autotp.cost_model.cluster import Cluster
 from autotp.cost_model.collectives import collective_s, plain_s
-from autotp.cost_model.link_fit import TRIANGLES, fit_lines, fit_link
+from autotp.cost_model.levels import fits, members_of
+from autotp.cost_model.link_fit import TRIANGLES, TWO_LEVELS, fit_lines, fit_link, triangles
 from autotp.grid import as_grid
 from autotp.layouts import I, P, R, Shard, move_of
 from autotp.passes.moves import Moves
 
 KINDS = ("all_gather", "all_reduce", "all_to_all", "permute", "reduce_scatter")
-WAYS = sorted({*KINDS, *(w for way, chain in TRIANGLES for w in (way, *chain))})
+NODES = sorted({way.format("nodes_of_2") for way, _ in TWO_LEVELS})
+WAYS = sorted({*KINDS, *NODES, *(w for way, chain in TRIANGLES for w in (way, *chain))})
 SIZES = [2.0**k for k in range(12, 25, 2)]
 
 
@@ -66,13 +68,14 @@ def test_lines_are_recovered_from_noise_and_outliers(seed, latency_s, bandwidth,
             assert found[cell][0] + found[cell][1] * x == pytest.approx(a + b * x, rel=0.1)
 
 
-def wild(seed, groups=(2, 4, 8)):
+def wild(seed, groups=(2, 4, 8), ways=WAYS):
     """Timings that contradict each other: each cell has a line of its own."""
     rng = random.Random(seed)
     lines = {
         (way, n): (10 ** rng.uniform(-6, -2), 10 ** rng.uniform(-11, -8))
-        for way in WAYS
+        for way in ways
         for n in groups
+        if not (m := members_of(way.partition(" by ")[2])) or fits(m, n)
     }
     return timings(lines, rng, noise=0.5, outliers=0.2, repeats=3)
 
@@ -85,8 +88,8 @@ def test_no_noise_breaks_an_order(seed):
         assert a >= 0 and b > 0
         more = lines.get((kind, 2 * n), (np.inf, np.inf))
         assert a <= more[0] * (1 + 1e-6) + 1e-12 and b <= more[1] * (1 + 1e-6) + 1e-16
-    for kind, chain in TRIANGLES:
-        for n in (2, 4, 8):
+    for kind, chain in triangles(WAYS):
+        for n in (m for m in (2, 4, 8) if all((k, m) in lines for k in (kind, *chain))):
             a, b = lines[kind, n]
             share = 1 / n if kind == "all_to_all" else 1.0
             others = [lines[k, n] for k in chain]
@@ -99,9 +102,10 @@ def test_no_noise_breaks_an_order(seed):
     seed=st.integers(0, 2**32),
     sizes=st.sampled_from([(4,), (2, 2), (2, 4), (8, 1)]),
     rows=st.sampled_from([8, 64, 1024]),
+    levels=st.booleans(),
 )
-def test_one_move_of_an_axis_is_never_dearer_than_a_chain(seed, sizes, rows):
-    link = fit_link(wild(seed))
+def test_one_move_of_an_axis_is_never_dearer_than_a_chain(seed, sizes, rows, levels):
+    link = fit_link(wild(seed, ways=WAYS if levels else [w for w in WAYS if w not in NODES]))
     cluster = Cluster(
         name="wild",
         backend="gloo",
@@ -114,7 +118,7 @@ def test_one_move_of_an_axis_is_never_dearer_than_a_chain(seed, sizes, rows):
         op_overhead_s=1e-6,
     )
     moves, shape = Moves(as_grid(sizes), cluster), (rows, 64)
-    types = (I, R, P, Shard(0), Shard(1))
+    types = (I, R, P, Shard(0)) if levels else (I, R, P, Shard(0), Shard(1))
     for grad in (False, True):
         table = moves.table(
             shape, torch.float32, grad, tuple((I,) if k else types for k in range(len(sizes)))

@@ -26,8 +26,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from autotp import layouts as ours
 from autotp.api import as_grid
-from autotp.axis import dist_axes
 from autotp.collectives import all_gather, invariant_to_replicate
+from autotp.dist_axis import dist_axes
 from autotp.late import late
 from autotp.layouts import Shard, kind, local_shape
 from autotp.passes.capture.model import capture

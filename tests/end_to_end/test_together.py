@@ -11,8 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 import autotp
 from autotp import schemes, together
-from autotp.axis import DistAxis
 from autotp.cost_model.cluster import bandwidth_bound
+from autotp.dist_axis import DistAxis
 from autotp.errors import NumericsError
 from tests.end_to_end.on_ranks import on_ranks
 from tests.models import build

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed import TCPStore
 
 import autotp
-from autotp.axis import DistAxis
+from autotp.dist_axis import DistAxis
 from autotp.errors import AutotpError
 from autotp.launch import HOST, rank_environment
 from tests.end_to_end.models import CLUSTER, Mlp

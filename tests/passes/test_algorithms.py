@@ -8,7 +8,8 @@ import autotp
 from autotp import schemes
 from autotp.axis import run_ranks
 from autotp.check import compare, prepare, take_step
-from autotp.cost_model.cluster import Rate, bandwidth_bound
+from autotp.cost_model.cluster import Link, Rate, bandwidth_bound
+from autotp.cost_model.levels import STAGES, nodes_of
 from autotp.errors import LayoutError
 from autotp.passes.emit.codegen import emit
 from autotp.passes.emit.verify import verify
@@ -63,6 +64,46 @@ def test_what_is_faster_is_planned_sent_and_equal_to_one_device(scheme, grid, by
     assert plan.formula_total("bytes").subs(plan.formula_sizes()) == plan.comm_bytes
 
 
+def nodes(members):
+    """Nodes of so many ranks, with a slow wire between them."""
+    plain = bandwidth_bound(1e11, latency_s=1e-7, flops_per_s=1e9)
+    return replace(plain, ranks_per_node=members, inter=Link(1e-6, 1e9))
+
+
+LEVELS = [
+    (schemes.megatron_sp, (1, 6), 3, ("col", 3)),
+    (schemes.fsdp, (4, 1), 2, ("row", 2)),
+    (schemes.fsdp, (4, 2), 4, ("row", 2)),  # in each node two ranks of the axis, two apart
+]
+
+
+@pytest.mark.parametrize(("scheme", "grid", "members", "level"), LEVELS)
+def test_two_levels_are_planned_sent_and_equal_to_one_device(scheme, grid, members, level):
+    axis = level[0]
+    model, inputs = build("nanogpt", double=True)
+    inputs = {name: x.repeat(4, 1) for name, x in inputs.items()}
+    subject = prepare(model.train(), (), inputs)
+    plan = autotp.plan(
+        model, grid, inputs, cluster=nodes(members), pins=scheme(model, grid, inputs)
+    )
+    assert plan.levels() == [level]
+    started = {n for b in plan.buckets if b.forward == "none" for n in b.moves}
+    for n, m in enumerate(plan.moves):
+        if m.axis == axis and n not in started:
+            ways = [(m.forward, m.by), (m.backward, m.back_by)]
+            assert all(by == nodes_of(level[1]) for kind, by in ways if kind in STAGES)
+    assert f"by {nodes_of(level[1])}" in str(plan) and "of it between nodes, by two levels" in str(
+        plan
+    )
+    assert plan.formula_total("bytes").subs(plan.formula_sizes()) == plan.comm_bytes
+    report = compare(subject, plan)
+    assert report.ok, report
+    run = take_step(subject, plan).ranks[0]
+    assert run.sent == {k: n for k, n in plan.sent().items() if n}
+    between = getattr(run.module, axis).sent_between
+    assert {(k, axis): n for k, n in between.items()} == plan.sent_between()
+
+
 def test_a_plan_without_measured_algorithms_names_none():
     plan, _ = planned(schemes.fsdp)
     assert not any(m.by or m.back_by for m in plan.moves)
@@ -84,5 +125,6 @@ def test_an_algorithm_that_a_collective_lacks_is_refused():
         node.kwargs = {**node.kwargs, "by": "scatter_ring"}
         verify(module, subject.network, subject.factors, plan.grid)
 
-    with pytest.raises(LayoutError, match="all_gather cannot be made by 'scatter_ring'"):
+    wrong = "all_gather over 2 ranks cannot be made by 'scatter_ring'"
+    with pytest.raises(LayoutError, match=wrong):
         run_ranks(plan.grid, one)

@@ -13,20 +13,24 @@ from autotp.collectives import (
     reduce_scatter,
     slice_to_shard,
 )
-from autotp.cost_model.collectives import OTHERS, sent_bytes, wire_bytes_by
+from autotp.cost_model.collectives import OTHERS, algorithms, level_bytes, sent_bytes, wire_bytes_by
+from autotp.cost_model.levels import members_of
+from autotp.errors import RuntimeStateError
 from autotp.grid import Grid
 from autotp.layouts import I, P, R, Shard
 from autotp.together import all_gather_together
 from tests.runtime.shards import check
 
-GATHER, SCATTER, REDUCE = (OTHERS[k] for k in ("all_gather", "reduce_scatter", "all_reduce"))
+GATHER, SCATTER = OTHERS["all_gather"], OTHERS["reduce_scatter"]
 BLOCKS = Shard(1, (12, 24))
 
 
-def moves():
+def moves(ranks):
     """Yield a name, a move, its types before and after, and the collectives that it calls."""
-    for by in GATHER:
-        for back in SCATTER:
+    kinds = ("all_gather", "reduce_scatter", "all_reduce")
+    gathers, scatters, reduces = (algorithms(kind, ranks) for kind in kinds)
+    for by in gathers:
+        for back in scatters:
             yield (f"S->R {by} {back}", partial(all_gather, dim=0, size=7, by=by, back_by=back)), (
                 (Shard(0), R), {"all_gather": by, "reduce_scatter": back})  # fmt: skip
             yield (f"P->S {back} {by}", partial(reduce_scatter, dim=0, by=back, back_by=by)), (
@@ -35,7 +39,7 @@ def moves():
         yield (f"S->I {by}", blocks), ((BLOCKS, I), {"all_gather": by})
         sliced = partial(slice_to_shard, dim=0, back_by=by)
         yield (f"I->S {by}", sliced), ((I, Shard(0)), {"all_gather": by})
-    for by in REDUCE:
+    for by in reduces:
         yield (f"P->I {by}", partial(all_reduce, to="I", by=by)), ((P, I), {"all_reduce": by})
         back = partial(invariant_to_replicate, back_by=by)
         yield (f"I->R {by}", back), ((I, R), {"all_reduce": by})
@@ -43,11 +47,11 @@ def moves():
         yield (f"P->R {by}", both), ((P, R), {"all_reduce": by})
 
 
-MOVES = list(moves())
+MOVES = [(n, *m) for n in (2, 3, 4) for m in moves(n)]
+MOVES += [(n, *m) for n in (6,) for m in moves(n) if all(map(members_of, m[1][1].values()))]
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
-@pytest.mark.parametrize(("move", "does"), MOVES, ids=[m[0][0] for m in MOVES])
+@pytest.mark.parametrize(("ranks", "move", "does"), MOVES, ids=[f"{m[0]} {m[1][0]}" for m in MOVES])
 def test_every_algorithm_keeps_value_and_gradient_and_counts_its_bytes(move, does, ranks):
     (before, after), called = does
     whole = torch.randn(7, 36, dtype=torch.float64)  # seven rows divide among no group
@@ -64,21 +68,23 @@ def test_every_algorithm_keeps_value_and_gradient_and_counts_its_bytes(move, doe
         size = wire_bytes_by(kind, by, rows * 36 * 8, ranks, 8)
         assert axes["col"].sent[kind] == calls * sent_bytes(kind, size, ranks, by)
         assert axes["col"].calls[kind] == calls
+        between = level_bytes(kind, size, ranks, members_of(by))[1] if members_of(by) else 0
+        assert axes["col"].sent_between.get(kind, 0) == calls * between
 
 
-@pytest.mark.parametrize("by", GATHER)
-@pytest.mark.parametrize("back_by", SCATTER)
+@pytest.mark.parametrize("by", (*GATHER, "nodes_of_2"))
+@pytest.mark.parametrize("back_by", (*SCATTER, "nodes_of_2"))
 def test_shared_calls_take_an_algorithm_too(by, back_by):
     check(
         lambda axes, x: all_gather_together([x], axes["col"], [0], by=by, back_by=back_by)[0],
         lambda x: x * 1,
-        [(torch.randn(6, 5, dtype=torch.float64), (Shard(0),))],
+        [(torch.randn(8, 5, dtype=torch.float64), (Shard(0),))],
         (R,),
-        Grid(("col",), (3,)),
+        Grid(("col",), (4,)),
     )
 
 
-@pytest.mark.parametrize("by", REDUCE)
+@pytest.mark.parametrize("by", algorithms("all_reduce", 4))
 def test_all_ranks_get_the_same_bits_of_a_sum(by):
     x = torch.randn(4, 1001)
     sums = run_ranks(Grid(("col",), (4,)), lambda r, axes: axes["col"].all_reduce(x[r], by=by))
@@ -93,3 +99,18 @@ def test_a_largest_value_is_no_sum():
         )
     )
     assert most == 2
+
+
+@pytest.mark.parametrize(("ranks", "members"), [(4, 1), (4, 3), (4, 4), (6, 4)])
+def test_ranks_that_do_not_fill_several_nodes_are_refused(ranks, members):
+    x, by = torch.randn(5), f"nodes_of_{members}"
+    with pytest.raises(RuntimeStateError, match=f"axis 'col' has no two levels by '{by}'"):
+        run_ranks(Grid(("col",), (ranks,)), lambda r, axes: axes["col"].all_reduce(x, by=by))
+
+
+def test_who_waits_between_nodes_is_told_that_a_rank_stopped():
+    def one(rank, axes):
+        return rank == 3 or axes["col"].all_reduce(torch.ones(2), by="nodes_of_2")
+
+    with pytest.raises(RuntimeStateError, match="rank 3 finished without taking part"):
+        run_ranks(Grid(("col",), (4,)), one)

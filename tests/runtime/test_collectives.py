@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 from torch import fx
 from torch.distributed.device_mesh import init_device_mesh
 
-from autotp.axis import dist_axes, run_ranks
+from autotp.axis import run_ranks
 from autotp.collectives import (
     all_gather,
     all_reduce,
@@ -25,6 +25,7 @@ from autotp.collectives import (
     slice_to_shard,
 )
 from autotp.cost_model.collectives import OTHERS, sent_bytes
+from autotp.dist_axis import dist_axes
 from autotp.errors import RuntimeStateError
 from autotp.grid import Grid
 from autotp.layouts import MOVES, I, P, R, Shard, is_valid, kind, move_of
