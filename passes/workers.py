@@ -6,6 +6,7 @@ Not threads: what is shared out here is Python's own work, which holds its lock.
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import sys
@@ -72,6 +73,7 @@ def _serve(
 ) -> None:
     """Work on one item after another until none is left, and send what was found."""
     found: dict[int, U] = {}
+    gc.freeze()  # what was there before is not searched for garbage, which would copy its pages
 
     def serve() -> None:
         torch.set_num_threads(1)  # a fork has none of OpenMP's threads either
