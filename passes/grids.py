@@ -87,8 +87,8 @@ def price_grids(
             method=plan.method,
         )
 
-    longest_first = sorted(factorisations(ranks), key=lambda grid: -len(grid.sizes))
-    prices = in_parallel(price, longest_first)
+    # The fewest axes first: they need the most memory, and plans over the limit take the longest.
+    prices = in_parallel(price, factorisations(ranks))
     found = Grids(cluster.name, program.train, tuple(sorted(prices, key=GridPrice.rank_key)))
     if not found[0].fits:
         raise _over_budget(found, budget(cluster) or math.inf)
