@@ -50,6 +50,9 @@ class Named(Axis):
     def _refuse(self, *args: object) -> torch.Tensor:
         raise NotImplementedError
 
+    def _levels(self, members: int) -> tuple[Axis, Axis]:
+        raise NotImplementedError
+
     _all_gather = _reduce_scatter = _all_reduce = _all_to_all = _refuse
 
 
