@@ -84,6 +84,7 @@ class PlannedMove:
     again        says that it is made once more in backward: what it makes is not kept
     by, back_by  the algorithms forward and backward, where not the backend's plain ones
     schedule     "ring" or "panels" where the product beside it makes the move block by block
+    apart_s      what it would take apart from that product, less what would hide it
     """
 
     value: str
@@ -100,6 +101,7 @@ class PlannedMove:
     by: str = ""
     back_by: str = ""
     schedule: str = ""
+    apart_s: float = 0.0
 
 
 AT_ONCE, WHERE_MADE = "", "*"
@@ -184,6 +186,21 @@ class Alternative:
     memory_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Priced:
+    """What a product that may make a move itself takes for it, in seconds, by each way.
+
+    name     the op's, and `value` what is moved over the axis
+    chosen   "once", apart from the product, or how the product makes it
+    """
+
+    name: str
+    axis: str
+    value: str
+    chosen: str
+    seconds: tuple[tuple[str, float], ...]
+
+
 Alternatives = Callable[[str], Sequence[Alternative]]
 """The best plans in which the op of this name chooses otherwise, best first."""
 
@@ -198,6 +215,7 @@ class Plan:
     outputs    the layout in which each output is returned before it is handed to the user
     dynamic    the dims that may vary, and what sizes of them the plan can split
     buckets    the moves that share their collectives, or begin early
+    priced     what products that may make moves themselves take; a loaded plan has none
     alternatives   plans again with one op made to choose otherwise; a loaded plan has none
     """
 
@@ -220,6 +238,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     dynamic: Dynamic = field(default_factory=Dynamic)
     buckets: tuple[Bucket, ...] = ()
+    priced: tuple[Priced, ...] = field(default=(), compare=False, repr=False)
     alternatives: Alternatives | None = field(default=None, compare=False, repr=False)
 
     def __getitem__(self, name: str) -> Decision:

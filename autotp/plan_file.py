@@ -14,7 +14,7 @@ from autotp.grid import Grid
 from autotp.layouts import layout_text, parse_layout
 from autotp.plan import Bucket, Decision, Memory, Plan, PlannedMove, Resting
 
-VERSION = 5
+VERSION = 6
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def _move_data(m: PlannedMove) -> list[Any]:
     sent = [[kind, str(size)] for kind, size in m.sent]
     ends = [layout_text(m.before), layout_text(m.after)]
     kinds = [m.forward, m.backward]
-    numbers, ways = [m.size_bytes, m.seconds], [m.by, m.back_by, m.schedule]
+    numbers, ways = [m.size_bytes, m.seconds], [m.by, m.back_by, m.schedule, m.apart_s]
     return [m.value, m.of, m.axis, *ends, *kinds, *numbers, sent, m.again, *ways]
 
 

@@ -369,8 +369,13 @@ def _remark(moves: Sequence[PlannedMove]) -> str:
     said = [f"{bytes_text(float(sent))} sent"] if sent else []
     said += dict.fromkeys(f"{m.forward}{_by(m.by)}" for m in moves if m.by)
     said += [AGAIN] if any(m.again for m in moves) else []
-    said += dict.fromkeys(f"within the product{_by(m.schedule)}" for m in moves if m.schedule)
+    said += dict.fromkeys(_within(m) for m in moves if m.schedule)
     return ", ".join(said + ([f"backward {', '.join(backward)}"] if backward else []))
+
+
+def _within(m: PlannedMove) -> str:
+    """Say how the product beside a move makes it, and what it would take apart."""
+    return f"within the product{_by(m.schedule)}, apart {seconds_text(m.apart_s)}"
 
 
 def _by(algorithm: str) -> str:

@@ -16,7 +16,7 @@ from fractions import Fraction
 from autotp.errors import PlanError
 from autotp.formula import formula_text, layer_formula, repeated_layer, symbol_sizes
 from autotp.notation import bytes_text, choice_text, memory_text, seconds_text, type_text
-from autotp.plan import Alternative, Plan
+from autotp.plan import Alternative, Plan, Priced
 from autotp.program_text import AGAIN, bucket_lines, program_lines
 from autotp.repeats import Section, place_moves, sections
 
@@ -160,6 +160,7 @@ class Explanation:
     where: str
     chosen: Alternative
     runners_up: tuple[Alternative, ...]
+    moves: tuple[Priced, ...] = ()
 
     def __str__(self) -> str:
         rows = [("", "choice", "step", "sent", "memory"), _row("chosen", self.chosen)]
@@ -170,8 +171,18 @@ class Explanation:
             head = f"  {label:<{widths[0]}}  {choice:<{widths[1]}}"
             tail = "  ".join(f"{n:>{w}}" for n, w in zip(numbers, widths[2:], strict=True))
             lines.append(f"{head}  {tail}")
+        lines += [_ways_text(p) for p in self.moves]
         lines += [] if self.runners_up else ["  no runner-up: it is pinned, or can do nothing else"]
         return "\n".join(lines)
+
+
+def _ways_text(p: Priced) -> str:
+    """Say what a move takes within the product that may make it, and apart."""
+    ways = {"apart" if way == "once" else f"by {way}": s for way, s in p.seconds}
+    chosen = "apart" if p.chosen == "once" else f"by {p.chosen}"
+    others = [f"{way} {seconds_text(s)}" for way, s in ways.items() if way != chosen]
+    start = f"  moves {p.value} over {p.axis} {chosen}, {seconds_text(ways[chosen])}"
+    return f"{start}; {', '.join(others)}"
 
 
 def _row(label: str, a: Alternative, slower: str = "") -> tuple[str, str, str, str, str]:
@@ -204,4 +215,5 @@ def explain(plan: Plan, name: str) -> Explanation:
         plan.memory_bytes,
     )
     others = tuple(plan.alternatives(name))
-    return Explanation(name, decision.op, decision.where, chosen, others)
+    moves = tuple(p for p in plan.priced if p.name == name)
+    return Explanation(name, decision.op, decision.where, chosen, others, moves)

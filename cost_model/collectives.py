@@ -10,6 +10,7 @@ With n ranks, a seconds of latency per step and w bytes per second sent:
     collective_s    call + steps a + sent / w, steps and sum by the backend's algorithm; the least
                     over those algorithms whose rates the link knows
     fastest         the algorithm that this is, "" where it is the plain one
+    hops_s          n-1 messages, each a call of N/n bytes: what goes round beside other work
     PLAIN           which algorithm a backend runs for a kind where none is asked for
     OTHERS          what else a kind may be made of: `autotp.algorithms` runs these
     level_bytes     what is sent inside nodes and between them where a group has two levels
@@ -135,6 +136,20 @@ def fastest(kind: str, size_bytes: int, ranks: int, link: Link, backend: str) ->
         return ""
     ways = [(_by_s(kind, float(size_bytes), ranks, link, backend, by), by) for by in known]
     return min([(plain_s(kind, float(size_bytes), ranks, link, backend), ""), *ways])[1]
+
+
+def hops_s(kind: str, size_bytes: Amount, ranks: int, link: Link) -> Amount:
+    """Return the seconds of an all_gather or a reduce_scatter as n-1 messages, each a call.
+
+    By the permutes that were measured, else by the steps that the kind itself takes.
+    """
+    if link.rate("permute", ranks) in link.rates:
+        summed = _sum_s(size_bytes, ranks, link) if kind == "reduce_scatter" else 0.0
+        return one_step(size_bytes / ranks, ranks, link) * (ranks - 1) + summed
+    seconds = RINGS[kind](size_bytes, ranks, link) + (ranks - 2) * link.call_s
+    if link.low_latency is None:
+        return seconds
+    return _faster(seconds, hops_s(kind, size_bytes, ranks, link.low_latency))
 
 
 def _known(kind: str, ranks: int, link: Link) -> tuple[str, ...]:

@@ -56,7 +56,7 @@ class Again:
 
 
 @dataclass(frozen=True, slots=True)
-class Prices:
+class Repeats:
     """What it costs to make again: `op_s` an op by number, a move its forward collective."""
 
     op_s: Callable[[int], float]
@@ -73,7 +73,7 @@ class Prices:
 
 def choose(
     copies: Copies,
-    prices: Prices,
+    prices: Repeats,
     names_of: Callable[[Copy], Sequence[str]],
     asked: Asked,
 ) -> Again:
@@ -102,7 +102,7 @@ def choose(
 
 
 def _marked(
-    copies: Copies, again: Sequence[Copy], prices: Prices
+    copies: Copies, again: Sequence[Copy], prices: Repeats
 ) -> tuple[tuple[Decision, ...], tuple[PlannedMove, ...]]:
     """Return the decisions and moves, those marked and priced that backward repeats."""
     decisions, moves = list(copies.decisions), list(copies.moves)

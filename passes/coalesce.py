@@ -10,7 +10,7 @@ waited for before backward ends.
 
 Which moves share, and what they run beside, is not known while the search runs. It takes each for a
 call of its own, and is then asked once more with each at the least that it may take
-(`Moves.best_s`), so that the cost it finds is a lower bound of every plan.
+(`sharing.best_s`), so that the cost it finds is a lower bound of every plan.
 """
 
 from __future__ import annotations
@@ -34,11 +34,15 @@ Key = tuple[str, str, str, torch.dtype, int]
 
 @dataclass(frozen=True, slots=True)
 class Coalesced:
-    """Moves with the seconds of the calls that they share, and by how much the search erred."""
+    """Moves with the seconds of the calls that they share, and these calls."""
 
     moves: tuple[PlannedMove, ...]
     buckets: tuple[Bucket, ...]
-    beyond_s: float
+
+    @property
+    def seconds(self) -> float:
+        """What all of them take, but for what is hidden."""
+        return sum(m.seconds for m in self.moves) - sum(b.hidden_s for b in self.buckets)
 
 
 def coalesce(
@@ -46,12 +50,8 @@ def coalesce(
     rest: Mapping[str, Layout],
     network: Network,
     planned: Moves,
-    at_best: bool,
 ) -> Coalesced:
-    """Put the moves of parameters, which rest as `rest` says, into buckets.
-
-    `at_best` says that the search priced moves at the least that they may take.
-    """
+    """Put the moves of parameters, which rest as `rest` says, into buckets."""
     groups: dict[Key, list[int]] = {}
     before = _numbers_before(moves, rest)
     for n in sorted(before, reverse=True):
@@ -72,10 +72,8 @@ def coalesce(
     for bucket in buckets:
         for n in bucket.moves:
             out[n] = _in_bucket(moves[n], bucket, network, planned)
-    searched = [searched_s(m, planned, rest, at_best) for m in moves]
-    beyond_s = sum(m.seconds - s for m, s in zip(out, searched, strict=True))
     buckets.sort(key=lambda b: b.moves)
-    return Coalesced(tuple(out), tuple(buckets), beyond_s)
+    return Coalesced(tuple(out), tuple(buckets))
 
 
 def _numbers_before(moves: Sequence[PlannedMove], rest: Mapping[str, Layout]) -> dict[int, int]:
@@ -149,12 +147,3 @@ def _in_bucket(m: PlannedMove, bucket: Bucket, network: Network, planned: Moves)
     sent = sent_of(runs, m.size_bytes, ranks, network.values[m.value].dtype.itemsize)
     seconds = bucket.seconds * share
     return replace(m, seconds=seconds, sent=sent, by=bucket.by, back_by=bucket.back_by)
-
-
-def searched_s(m: PlannedMove, planned: Moves, rest: Mapping[str, Layout], at_best: bool) -> float:
-    """Return what the search took a move to cost: with `at_best` the least that it may."""
-    if not at_best:
-        return m.seconds
-    what = "parameter" if m.value in rest else "activation"
-    kinds = [m.forward] * (1 + m.again) + [m.backward]
-    return planned.best_s(kinds, m.size_bytes, planned.grid.axis(m.axis), what)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from autotp.cost_model.cluster import Cluster, Link
-from autotp.cost_model.collectives import FREE, collective_s, fastest, plain_s
+from autotp.cost_model.collectives import FREE, collective_s, fastest, hops_s, plain_s
 from autotp.cost_model.compute import op_s
 from autotp.grid import Grid
 from autotp.layouts import (
@@ -31,7 +31,7 @@ from autotp.layouts import (
     largest_shape,
     move_of,
 )
-from autotp.passes.sharing import may_hide, may_share
+from autotp.passes.sharing import Best, best_s
 from autotp.passes.spaces import AxisTypes, Space, elements, legal, picks_of, space
 
 FULL = 3
@@ -170,12 +170,12 @@ class Moves:
         grad: bool,
         types: AxisTypes,
         again: bool = False,
-        best: str = "",
+        best: Best | None = None,
     ) -> MoveTable:
         """Return the table of a value whose axes may have these types.
 
         `again` says that what is sent forward is sent once more when backward recomputes it;
-        `best` that it is priced at the least that moves of a "parameter" or "activation" may take.
+        `best` that it is priced at the least that moves of such a value may take.
         """
         key = (shape, dtype, grad, types, again, best)
         if key not in self._tables:
@@ -188,7 +188,7 @@ class Moves:
         dtype: torch.dtype,
         grad: bool,
         types: AxisTypes,
-        ways: tuple[bool, str],
+        ways: tuple[bool, Best | None],
     ) -> MoveTable:
         space = self._space(shape, types)
         seconds = np.full((len(space.layouts),) * 2, np.inf)
@@ -224,40 +224,24 @@ class Moves:
         after: AxisType,
         sizes: np.ndarray,
         grad: bool,
-        ways: tuple[bool, str],
+        ways: tuple[bool, Best | None],
     ) -> np.ndarray:
         """Return the seconds of one change of type for buffers of each of these sizes."""
         move = move_of(before, after)
         assert move is not None
-        again, shared = ways
+        again, best = ways
         backward = move.backward if grad else "none"
         kinds = [move.forward] * (1 + again) + [backward]
         distinct, which = np.unique(sizes, return_inverse=True)
-        price = self.best_s if shared else self.kinds_s
-        prices = [price(kinds, n, axis, shared) for n in distinct.tolist()]
+        prices = [
+            best_s(self, kinds, n, axis, best) if best else self.kinds_s(kinds, n, axis)
+            for n in distinct.tolist()
+        ]
         return np.array(prices)[which]
 
-    def kinds_s(self, kinds: Sequence[str], size_bytes: int, axis: int, _: str = "") -> float:
+    def kinds_s(self, kinds: Sequence[str], size_bytes: int, axis: int) -> float:
         """Return the seconds of calls of their own, each after the other."""
         return sum(self.kind_s(kind, size_bytes, axis) for kind in kinds)
-
-    def best_s(self, kinds: Sequence[str], size_bytes: int, axis: int, what: str) -> float:
-        """Return the least that these collectives may take, shared with others and hidden.
-
-        With `hidden`, what they take where they are hidden as much as in some plan.
-
-        `what` is "parameter", whose calls may be shared, or "activation".
-        """
-        forward, backward, again = kinds[0], kinds[-1], len(kinds) > 2
-        is_shared = what == "parameter" and may_share(forward, backward, again)
-        price = self.share_s if is_shared else self.kind_s
-        seconds = sum(price(kind, size_bytes, axis) for kind in kinds)
-        if not (is_shared or may_hide(forward, backward, again)):
-            return seconds
-        hidden = self.cluster.overlap
-        if self.hidden is not None:
-            hidden = self.hidden.get((what, forward, backward), 0.0)
-        return seconds * (1 - hidden)
 
     def kind_s(self, kind: str, size_bytes: int, axis: int) -> float:
         """Return the seconds of one collective by its fastest algorithm, or of a local copy."""
@@ -271,6 +255,13 @@ class Moves:
     def plain_s(self, kind: str, size_bytes: int, axis: int) -> float:
         """Return the seconds of one collective as the backend runs it, or of a local copy."""
         return 0.0 if kind == "none" else self._price(kind, size_bytes, axis, plain_s)
+
+    def hops_s(self, kind: str, size_bytes: int, axis: int) -> float:
+        """Return the seconds of a collective as messages that go round; of "none", nothing."""
+        if kind == "none" or self.grid.sizes[axis] == 1:
+            return 0.0
+        link = self.cluster.link(self.grid.sizes, axis)
+        return float(hops_s(kind, size_bytes, self.grid.sizes[axis], link))
 
     def algorithm(self, kind: str, size_bytes: int, axis: int) -> str:
         """Return the algorithm that `kind_s` is the price of, "" for the plain one."""

@@ -40,6 +40,10 @@ PAIR_OPS = 8
 Source: 145 us more than one call, where a pass of an op takes 17.6 us: CPU, both under load.
 """
 
+Busy = Mapping[int, tuple[float, float]]
+"""Products that make a move themselves, by number: the seconds that it runs beside them already,
+forward and backward."""
+
 OF_WEIGHT = 1 / 2
 """The share of a product's backward that makes the gradient of its weight."""
 
@@ -50,11 +54,9 @@ def overlap(
     network: Network,
     decisions: Sequence[Decision],
     planned: Moves,
+    busy: Busy,
 ) -> Coalesced:
-    """Begin early what may be, and take what is hidden from the seconds of the step.
-
-    `rest` says how parameters rest.
-    """
+    """Begin early what may be, and note what is hidden; `rest` says how parameters rest."""
     if not planned.cluster.overlap:
         return found
     reads: dict[str, list[tuple[int, Layout]]] = {}
@@ -63,17 +65,16 @@ def overlap(
         makers.update(dict.fromkeys(d.makes, n))
         for value, layout in zip(d.reads, d.operands, strict=True):
             reads.setdefault(value, []).append((n, layout))
-    program = _Program(found.moves, rest, network, decisions, planned, reads, makers)
+    program = _Program(found.moves, rest, network, decisions, planned, reads, makers, busy)
     products = sorted(program.of_products(found.buckets), key=program.first_reader)
     params = [*found.buckets, *program.of_parameters(found.buckets)]
     params.sort(key=program.first_reader)
-    idle = _Idle.of(network, decisions)
+    idle = _Idle.of(network, decisions, busy)
     made = [program.beside_products(b, idle) for b in products]
     made += program.before_readers([b for b in params if program.is_gather(b)], idle)
     made += [program.beside_backward(b, idle) for b in params if not program.is_gather(b)]
     made = sorted((b for b in made if b.begins or len(b.moves) > 1), key=lambda b: b.moves)
-    saved_s = sum(b.hidden_s for b in made)
-    return replace(found, buckets=tuple(made), beyond_s=found.beyond_s - saved_s)
+    return replace(found, buckets=tuple(made))
 
 
 def late_roles(
@@ -100,11 +101,15 @@ class _Idle:
     backward: list[float]
 
     @classmethod
-    def of(cls, network: Network, decisions: Sequence[Decision]) -> _Idle:
-        """Return the seconds of all ops."""
+    def of(cls, network: Network, decisions: Sequence[Decision], busy: Busy) -> _Idle:
+        """Return the seconds of all ops, but for those that are busy already."""
         pairs = zip(network.ops, decisions, strict=True)
         passes = [(d.seconds, _passes(network, op)) for op, d in pairs]
-        return cls([s / n for s, n in passes], [s - s / n for s, n in passes])
+        idle = cls([s / n for s, n in passes], [s - s / n for s, n in passes])
+        for op, (forward_s, backward_s) in busy.items():
+            idle.forward[op] = max(0.0, idle.forward[op] - forward_s)
+            idle.backward[op] = max(0.0, idle.backward[op] - backward_s)
+        return idle
 
 
 def _passes(network: Network, op: Op) -> int:
@@ -138,6 +143,7 @@ class _Program:
     planned: Moves
     reads: Mapping[str, Sequence[tuple[int, Layout]]]
     makers: Mapping[str, int]
+    busy: Busy
 
     # Which may begin early ----------------------------------------------------------------------
 
@@ -177,7 +183,8 @@ class _Program:
         return not any(self.decisions[n].region for n in near) and bool(self._late_products(m))
 
     def _late_products(self, m: PlannedMove) -> list[int]:
-        return [n for n in self.readers(m) if self._is_late(self.network.ops[n], m.value)]
+        ops = ((n, self.network.ops[n]) for n in self.readers(m) if n not in self.busy)
+        return [n for n, op in ops if self._is_late(op, m.value)]
 
     def _is_late(self, op: Op, value: str) -> bool:
         found = late_roles(op, self.network, self.rest, self.moves)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 
@@ -17,8 +18,8 @@ from autotp.cost_model.collectives import sent_bytes
 from autotp.cost_model.memory import ADAMW_STATES, adamw_scratch_bytes
 from autotp.grid import Grid
 from autotp.layouts import I, Layout
-from autotp.passes.again import Again, Asked, Prices, choose
-from autotp.passes.coalesce import Coalesced, coalesce, searched_s
+from autotp.passes.again import Again, Asked, Repeats, choose
+from autotp.passes.calls import Case, called
 from autotp.passes.explain import RunnersUp
 from autotp.passes.factors import Factors
 from autotp.passes.found import ROUNDS, Found, budget, reader, scheduled, solve_within
@@ -28,7 +29,6 @@ from autotp.passes.lifetimes import peak_bytes
 from autotp.passes.moves import Moves
 from autotp.passes.network import Network, Op, Value
 from autotp.passes.notes import notes_of
-from autotp.passes.overlap import overlap
 from autotp.passes.pins import (
     PinFilter,
     Pins,
@@ -40,16 +40,17 @@ from autotp.passes.pins import (
     refuse_misfits,
 )
 from autotp.passes.pricing import Table, repeat_s
-from autotp.passes.products import Wanted, fuse, legal
+from autotp.passes.product_prices import Prices
+from autotp.passes.products import legal
 from autotp.passes.program import Program
 from autotp.passes.requirements import requirements
 from autotp.passes.schedule import needs_of, schedule
-from autotp.passes.schedule_pins import split_schedules
+from autotp.passes.schedule_pins import Wanted, split_schedules
 from autotp.passes.search.solve import Solution, solve
 from autotp.passes.search_model import Model
 from autotp.passes.strategies import Limits, build_model
 from autotp.passes.traffic import internal_traffic
-from autotp.plan import Decision, Memory, Plan, PlannedMove, Resting
+from autotp.plan import Decision, Memory, Plan, Resting
 from autotp.progress import stage
 from autotp.sizes import examples
 
@@ -156,14 +157,19 @@ def read_plan(
     needs = needs_of(network, decisions, sources, copies, outputs)
     move_tables = {v: model.table_of(network.values[v]) for v in needs if v in model.types}
     params = _resting(*given, model, rest, whole)
+    resting = {r.value: r.layout for r in params.values()}
     asked = Asked(_left(params.values(), budget(cluster)), backward or {})
     apart = schedule(network, needs, move_tables, model.moves)
     returned = {o: c for o, c in zip(network.outputs, outputs, strict=True) if o and c}
     copies_ = read_copies(network, decisions, apart, sources, rest, returned, model.moves)
-    again = choose(copies_, _prices(network, tables, picks, model), _namer(program, network), asked)
-    again, idle = _within_products(network, again, copies, outputs, model, wanted)
-    moved = _moved(apart, again, {r.value: r.layout for r in params.values()}, network, idle, model)
+    again = choose(
+        copies_, _repeats(network, tables, picks, model), _namer(program, network), asked
+    )
+    case = Case(network, again.decisions, again.moves, resting, Prices(network, model.moves))
+    pairs = partial(legal, network, again.decisions, again.moves, copies, outputs, model.moves)
+    moved, priced = called(case, pairs, wanted)
     moves = moved.moves
+    searched_s = sum(model.searched_s(m, network.values[m.value]) for m in apart)
     ways = [tables[op.name].strategies[picks[op.name]] for op in network.ops]
     at_once = _at_once(network, decisions, moved, outputs, rest, params, model.moves)
     return Plan(
@@ -180,48 +186,13 @@ def read_plan(
         dynamic=requirements(program, network, ways, decisions, moves, returned, grid),
         internal=_internal(network, decisions, grid),
         memory=_memory(params.values(), again, at_once),
-        step_time_s=solution.cost_s + moved.beyond_s,
+        step_time_s=solution.cost_s + again.ops_s + moved.seconds - searched_s,
         lower_bound_s=solution.lower_bound_s,
         search_s=solution.seconds,
         method=solution.method,
+        priced=priced,
         unruled=tuple(network.unruled.items()),
     )
-
-
-def _within_products(
-    network: Network,
-    again: Again,
-    copies: Mapping[str, Layout],
-    outputs: Sequence[Layout | None],
-    model: Model,
-    wanted: Wanted | None,
-) -> tuple[Again, list[Decision]]:
-    """Return the moves that products make as asked, and the ops as they are idle beside others."""
-    if not wanted:
-        return again, list(again.decisions)
-    pairs = legal(network, again.decisions, again.moves, copies, outputs, model.moves)
-    fused = fuse(network, again.decisions, again.moves, pairs, model.moves, wanted)
-    ops = enumerate(again.decisions)
-    idle = [replace(d, seconds=0.0) if n in fused.busy else d for n, d in ops]
-    return replace(again, moves=fused.moves), idle
-
-
-def _moved(
-    apart: Sequence[PlannedMove],
-    again: Again,
-    resting: Mapping[str, Layout],
-    network: Network,
-    decisions: Sequence[Decision],
-    model: Model,
-) -> Coalesced:
-    """Return the moves as they are called, and by how much the search of `apart` erred."""
-    moved = coalesce(again.moves, resting, network, model.moves, model.is_best)
-    moved = overlap(moved, resting, network, decisions, model.moves)
-    before_s, after_s = (
-        sum(searched_s(m, model.moves, resting, model.is_best) for m in moves)
-        for moves in (apart, again.moves)
-    )
-    return replace(moved, beyond_s=moved.beyond_s + again.ops_s + (after_s - before_s))
 
 
 def _decision(
@@ -330,16 +301,16 @@ def _memory(resting: Collection[Resting], again: Again, at_once: int) -> Memory:
     )
 
 
-def _prices(
+def _repeats(
     network: Network, tables: Mapping[str, Table], picks: Mapping[str, int], model: Model
-) -> Prices:
+) -> Repeats:
     """Return what it costs to make again."""
 
     def op_s(n: int) -> float:
         op = network.ops[n]
         return repeat_s(op, tables[op.name], picks[op.name], model.moves)
 
-    return Prices(op_s, model.moves)
+    return Repeats(op_s, model.moves)
 
 
 def _namer(program: Program, network: Network) -> Callable[[Copy], list[str]]:

@@ -1,29 +1,26 @@
-"""Products and the moves beside them: which pairs may be one call, and which of them are.
+"""Products and the moves beside them: which pairs may be one call.
 
     legal      the schedules that a product and one move may take together
-    fuse       the moves of a plan, those beside products with the schedule that is pinned
+    movable    the values that products may move, by which collectives
 
 A pair is a gather of an operand that only the product reads, or the scatter of a result that only
-the move reads. By `ring` the exchange hides behind the product, as much as the cluster is measured
-to hide, for a call and a message per rank; by `panels` what is gathered is never whole, and is
-gathered again in backward. Types, and so the search, are those of the two apart. Nothing is fused
-that is not asked for: what a ring gains was not measured on enough links to choose it by its price.
-The memory of a plan is counted as though each operand were gathered at once.
+the move reads: what others read too is moved once for all of them, before the product. By `ring`
+the exchange runs beside the product; by `panels` what is moved is never whole, and what was
+gathered is gathered again in backward. Types are those of the two apart.
+`passes.product_prices` says what either takes, `passes.calls` chooses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
-from autotp.cost_model.compute import op_s
 from autotp.layouts import Layout, P, R, Shard, is_even, splitters
 from autotp.passes.moves import Moves
 from autotp.passes.network import Network, Op
-from autotp.passes.pricing import PASSES, RESULT
-from autotp.passes.schedule import sent_of
+from autotp.passes.pricing import RESULT
 from autotp.plan import Decision, Plan, PlannedMove
 from autotp.products import SCHEDULES, panels_of
 from autotp.sizes import varies
@@ -33,8 +30,8 @@ aten = torch.ops.aten
 ONCE = "once"
 """What is asked for to keep a move and its product apart."""
 
-Wanted = Callable[[str, str, tuple[str, ...]], str | None]
-"""From an op's name, an axis and the legal schedules the one that is asked for, None if none is."""
+Within = tuple[PlannedMove, int]
+"""The move that a product makes itself, and of which of its operands or of its RESULT."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,17 +52,6 @@ class Pair:
     move: int
     slot: int
     schedules: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Fused:
-    """Moves with their schedules.
-
-    busy   the ops, by number, beside which a ring runs already
-    """
-
-    moves: tuple[PlannedMove, ...]
-    busy: frozenset[int] = frozenset()
 
 
 def roles(op: Op) -> Roles | None:
@@ -106,7 +92,7 @@ def legal(
                 continue
             at = (m.value, m.before if slot == RESULT else m.after)
             if readers[at] == 1 and d.split[planned.grid.axis(m.axis)]:
-                panels = panels_of(_chunk(network, m, planned))
+                panels = panels_of(chunk_of(network, m, planned))
                 schedules = tuple(s for s in SCHEDULES if s != "panels" or panels > 1)
                 yield Pair(n, k, slot, schedules)
 
@@ -173,13 +159,38 @@ def _is_even(network: Network, m: PlannedMove, planned: Moves) -> bool:
     return plain and alone and not varies(shape) and is_even(shape, layout, planned.grid)
 
 
-def _chunk(network: Network, m: PlannedMove, planned: Moves) -> int:
+def chunk_of(network: Network, m: PlannedMove, planned: Moves) -> int:
     """Return the length of the dim that moves, on one rank, where it is a shard."""
     t, layout = _shard(m, planned.grid.axis(m.axis))
     size = int(network.values[m.value].shape[t.dim])
     for a in splitters(layout, t.dim):
         size //= planned.grid.sizes[a]
     return size
+
+
+def movable(network: Network) -> dict[str, frozenset[str]]:
+    """Return by which collectives, forward, products may move a value that they read or make."""
+    out: dict[str, frozenset[str]] = {}
+    for op in network.ops:
+        found = None if op.region else roles(op)
+        if found is not None:
+            for slot in (found.x, found.weight):
+                value = op.operands[slot]
+                out[value] = out.get(value, frozenset()) | {"all_gather"}
+            made = op.results[0]
+            out[made] = out.get(made, frozenset()) | {"reduce_scatter"}
+    for output in network.outputs:
+        out.pop(output or "", None)
+    return out
+
+
+def moves_within(op: Op, d: Decision, moves: Iterable[PlannedMove]) -> Within | None:
+    """Return which of these moves a product makes itself."""
+    for m in moves:
+        slot = pair_slot(op, d, m) if m.schedule else None
+        if slot is not None:
+            return m, slot
+    return None
 
 
 def products_that_move(plan: Plan) -> set[tuple[str, str, str]]:
@@ -191,90 +202,3 @@ def products_that_move(plan: Plan) -> set[tuple[str, str, str]]:
         for d in plan.decisions
         if m.value in d.makes or (m.value, m.after) in zip(d.reads, d.operands, strict=True)
     }
-
-
-# What is chosen ----------------------------------------------------------------------------------
-
-
-def fuse(
-    network: Network,
-    decisions: Sequence[Decision],
-    moves: Sequence[PlannedMove],
-    pairs: Iterable[Pair],
-    planned: Moves,
-    wanted: Wanted,
-) -> Fused:
-    """Give each product, with one of its moves at most, the schedule that is asked for."""
-    chosen: dict[int, tuple[Pair, str]] = {}
-    for pair in pairs:
-        asked = wanted(decisions[pair.op].name, moves[pair.move].axis, pair.schedules)
-        if asked not in (None, ONCE) and pair.op not in chosen:
-            chosen[pair.op] = (pair, asked)
-    return _fused(network, decisions, moves, chosen.values(), planned)
-
-
-def _fused(
-    network: Network,
-    decisions: Sequence[Decision],
-    moves: Sequence[PlannedMove],
-    chosen: Collection[tuple[Pair, str]],
-    planned: Moves,
-) -> Fused:
-    out, busy = list(moves), set[int]()
-    for pair, how in chosen:
-        m, op = moves[pair.move], network.ops[pair.op]
-        again = how == "panels" and _gathers_again(network, op, pair.slot)
-        runs = [(m.forward, "")] * (1 + again) + [(m.backward, "")]
-        ranks = planned.grid.sizes[planned.grid.axis(m.axis)]
-        sent = sent_of(runs, m.size_bytes, ranks, network.values[m.value].dtype.itemsize)
-        seconds = m.seconds + _added_s(network, decisions, moves, pair, how, planned)
-        if how == "ring":
-            busy.add(pair.op)
-        out[pair.move] = replace(
-            m, seconds=seconds, sent=sent, again=again, by="", back_by="", schedule=how
-        )
-    return Fused(tuple(out), frozenset(busy))
-
-
-def _gathers_again(network: Network, op: Op, slot: int) -> bool:
-    """Say whether backward needs what panels gathered: for the gradient of the other factor."""
-    found = roles(op)
-    assert found is not None
-    if slot == RESULT or not network.values[op.results[0]].grad:
-        return False
-    other = found.weight if slot == found.x else found.x
-    return network.values[op.operands[other]].grad
-
-
-def _added_s(
-    network: Network,
-    decisions: Sequence[Decision],
-    moves: Sequence[PlannedMove],
-    pair: Pair,
-    how: str,
-    planned: Moves,
-) -> float:
-    """Return the seconds that a schedule adds to those of the move and the product apart.
-
-    A ring's messages run beside the products of n - 1 of n blocks: that share of the shorter is
-    hidden which was measured. Backward makes one product beside what it scatters and two beside
-    what it gathers.
-    """
-    m, op, d = moves[pair.move], network.ops[pair.op], decisions[pair.op]
-    axis = planned.grid.axis(m.axis)
-    ranks = planned.grid.sizes[axis]
-    training = network.values[op.results[0]].grad
-    product_s = d.seconds / (PASSES if training else 1)
-    call_s = float(op_s(0, 0, torch.float32, planned.cluster))
-    blocks = ranks if how == "ring" else panels_of(_chunk(network, m, planned))
-    calls = (blocks - 1) * call_s * (PASSES if training else 1)
-    kinds = [k for k in (m.forward, m.backward) if k != "none"]
-    if how == "panels":
-        again = [m.forward] if _gathers_again(network, op, pair.slot) else []
-        each = sum(planned.plain_s(k, m.size_bytes // blocks, axis) for k in [*kinds, *again])
-        return each * blocks + calls - m.seconds
-    ring_s = (ranks - 1) * planned.plain_s("permute", m.size_bytes // ranks, axis)
-    beside = [product_s, (1 if pair.slot != RESULT else 2) * product_s][: len(kinds)]
-    share = planned.cluster.overlap * (ranks - 1) / ranks
-    hidden = sum(min(ring_s * ranks / (ranks - 1), p) * share for p in beside)
-    return ring_s * len(kinds) + calls - hidden - m.seconds

@@ -7,17 +7,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from autotp.errors import PinError
 from autotp.grid import Grid
 from autotp.passes.pins import Pins, matches
-from autotp.passes.products import ONCE, products_that_move
+from autotp.passes.products import products_that_move
 from autotp.plan import Plan
 from autotp.products import SCHEDULES
 
+ONCE = "once"
+"""What is asked for to keep a move and its product apart."""
+
 LEGAL = (*SCHEDULES, ONCE)
+
+Wanted = Callable[[str, str, tuple[str, ...]], str | None]
+"""From an op's name, an axis and the legal schedules the one that is asked for, None if none is."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,48 @@
-"""Which moves may share a call, or run beside ops: by their collectives forward and backward."""
+"""What moves may share a call, run beside ops, or be made by a product; the least they then take.
+
+By their collectives forward and backward.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from autotp.passes.moves import Moves
+
+
+class Best(NamedTuple):
+    """What a value is, for the least that its moves may take.
+
+    what     "parameter", whose calls may be shared, or "activation"
+    within   the collectives, forward, that a product which reads or makes it may make itself
+    """
+
+    what: str
+    within: frozenset[str] = frozenset()
+
+
+def best_s(moves: Moves, kinds: Sequence[str], size_bytes: int, axis: int, best: Best) -> float:
+    """Return the least that these collectives may take: shared, hidden, or in a ring.
+
+    With `moves.hidden`, what they take where they are hidden as much as in some plan. A ring hides
+    no more of each message than of a collective (`passes.product_prices`).
+    """
+    forward, backward, again = kinds[0], kinds[-1], len(kinds) > 2
+    is_shared = best.what == "parameter" and may_share(forward, backward, again)
+    price = moves.share_s if is_shared else moves.kind_s
+    seconds = sum(price(kind, size_bytes, axis) for kind in kinds)
+    is_ring = forward in best.within and (forward, backward) in RINGS and not again
+    may_save = is_shared or may_hide(forward, backward, again)
+    if moves.hidden is not None:
+        share = moves.hidden.get((best.what, forward, backward), 0.0)
+        return seconds * (1 - share) if may_save or is_ring else seconds
+    shown = 1 - moves.cluster.overlap
+    apart_s = seconds * shown if may_save else seconds
+    if not is_ring:
+        return apart_s
+    return min(apart_s, shown * sum(moves.hops_s(k, size_bytes, axis) for k in kinds))
 
 
 def may_hide(forward: str, backward: str, again: bool) -> bool:
@@ -10,6 +52,17 @@ def may_hide(forward: str, backward: str, again: bool) -> bool:
 
 HIDDEN = frozenset([("none", "all_reduce"), ("all_gather", "reduce_scatter")])
 """Moves that autotp.together begins early, of parameters or of what products read."""
+
+
+RINGS = frozenset(
+    [
+        ("all_gather", "reduce_scatter"),
+        ("all_gather", "none"),
+        ("reduce_scatter", "all_gather"),
+        ("reduce_scatter", "none"),
+    ]
+)
+"""Moves that products may make themselves."""
 
 
 def may_share(forward: str, backward: str, again: bool) -> bool:

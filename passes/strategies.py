@@ -38,6 +38,7 @@ from autotp.passes.pricing import (
     saved_positions,
     typing_of,
 )
+from autotp.passes.products import movable
 from autotp.passes.search.problem import Problem
 from autotp.passes.search_model import Meeting, Model, Variable
 from autotp.passes.spaces import AxisTypes
@@ -156,7 +157,7 @@ def build_model(
     for value in dict.fromkeys(o for o in network.outputs if o in b.places):
         _join_output(b, value)
     meanings = (tuple(b.variables), moves, b.types, limits.may_return, params, tuple(b.meetings))
-    return Model(_problem(b), *meanings)
+    return Model(_problem(b), *meanings, movable(network))
 
 
 def _problem(b: _Builder) -> Problem:

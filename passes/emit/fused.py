@@ -16,26 +16,20 @@ from autotp.passes.emit.emitter import Emitter, attribute, node_name, note
 from autotp.passes.emit.moving import fetch
 from autotp.passes.network import Network, Op
 from autotp.passes.pricing import RESULT
-from autotp.passes.products import pair_slot, roles
-from autotp.plan import Decision, PlannedMove
+from autotp.passes.products import Within, moves_within, roles
+from autotp.plan import Decision
 from autotp.products import SCHEDULES, gather_matmul, matmul_scatter
 
 FUSED = (gather_matmul, matmul_scatter)
 
 
-def move_within(e: Emitter, op: Op, decision: Decision) -> tuple[PlannedMove, int] | None:
+def move_within(e: Emitter, op: Op, decision: Decision) -> Within | None:
     """Return the move that a product makes itself, and of which of its operands or its result."""
-    for value in (*op.operands, op.results[0]):
-        for m in e.moves.get(value, ()):
-            slot = pair_slot(op, decision, m) if m.schedule else None
-            if slot is not None:
-                return m, slot
-    return None
+    values = (*op.operands, op.results[0])
+    return moves_within(op, decision, (m for v in values for m in e.moves.get(v, ())))
 
 
-def emit_product(
-    e: Emitter, node: fx.Node, op: Op, decision: Decision, within: tuple[PlannedMove, int]
-) -> None:
+def emit_product(e: Emitter, node: fx.Node, op: Op, decision: Decision, within: Within) -> None:
     """Emit a product together with one of its moves."""
     move, slot = within
     layouts = [move.before if k == slot else c for k, c in enumerate(decision.operands)]

@@ -1,5 +1,6 @@
 """Products that make a move themselves: which may, what is planned, sent, kept and computed."""
 
+import itertools
 from dataclasses import replace
 from functools import cache
 
@@ -11,6 +12,8 @@ from autotp.axis import run_ranks
 from autotp.check import compare, prepare, take_step
 from autotp.cost_model.cluster import bandwidth_bound
 from autotp.errors import LayoutError, PinError
+from autotp.notation import seconds_text
+from autotp.passes import calls
 from autotp.passes.emit.codegen import emit
 from autotp.passes.emit.verify import verify
 from autotp.passes.products import products_that_move
@@ -19,6 +22,7 @@ from autotp.products import SCHEDULES, gather_matmul, matmul_scatter
 from tests.models import build
 
 CLUSTER = bandwidth_bound(1e9, latency_s=1e-6, flops_per_s=1e9)
+HIDING = replace(CLUSTER, overlap=0.9)
 
 
 @cache
@@ -116,9 +120,64 @@ def test_a_call_that_moves_otherwise_than_its_types_say_is_refused(wrong, what):
 # What is planned ---------------------------------------------------------------------------------
 
 
-def test_nothing_is_fused_that_is_not_asked_for():
-    hiding = replace(CLUSTER, overlap=0.9)
-    assert not products_that_move(planned("nanogpt", (1, 2), schemes.megatron_sp, hiding))
+def test_nothing_is_fused_where_nothing_runs_at_once():
+    assert not products_that_move(planned("nanogpt", (1, 2), schemes.megatron_sp))
+
+
+def test_large_products_take_rings_by_themselves_and_compute_what_one_device_does():
+    plan = planned("nanogpt", (1, 2), schemes.megatron_sp, HIDING)
+    apart = planned("nanogpt", (1, 2), schemes.megatron_sp, HIDING, col="once")
+    assert not products_that_move(apart) and len(products_that_move(plan)) == 9
+    assert plan.lower_bound_s <= plan.step_time_s < apart.step_time_s
+    assert plan.sent() == apart.sent() and apart.lower_bound_s <= apart.step_time_s
+    report = compare(given("nanogpt")[2], plan)
+    assert report.ok, report
+
+
+def test_latency_keeps_small_products_apart():
+    late = replace(bandwidth_bound(1e9, latency_s=1e-3, flops_per_s=1e9), overlap=0.9)
+    assert not products_that_move(planned("nanogpt", (1, 4), schemes.fsdp, late))
+
+
+def test_what_several_products_read_is_moved_once_before_them():
+    """q, k and v read one gathered x: a ring of one would gather it again for the others."""
+    plan = planned("llama", (1, 2), schemes.megatron_sp, HIDING)
+    shared = {d.reads[0] for d in plan if d.name.endswith("q_proj")}
+    assert shared and not any(m.schedule for m in plan.moves if m.value in shared)
+
+
+@pytest.mark.parametrize("overlap", [0.3, 0.9])
+@pytest.mark.parametrize("flops_per_s", [1e9, 1e10, 1e11])
+@pytest.mark.parametrize(
+    ("grid", "scheme"), [((1, 2), schemes.megatron_sp), ((2, 2), schemes.summa_abt)]
+)
+def test_the_choice_is_the_best_of_all(grid, scheme, flops_per_s, overlap, monkeypatch):
+    asked = []
+    by_price = calls._by_price
+
+    def noted(pairs, case, given):
+        asked.append((pairs, case, by_price(pairs, case, given)))
+        return asked[-1][2]
+
+    monkeypatch.setattr(calls, "_by_price", noted)
+    cluster = bandwidth_bound(1e9, latency_s=2e-7, flops_per_s=flops_per_s)
+    planned("nanogpt", grid, scheme, replace(cluster, overlap=overlap))
+    pairs, case, (_, found) = asked[-1]
+    of_op = {}
+    for pair in pairs:
+        of_op.setdefault(pair.op, [None]).append((pair, "ring"))
+    ways = [dict(zip(of_op, way, strict=True)) for way in itertools.product(*of_op.values())]
+    every = [case.called({op: w for op, w in way.items() if w}).seconds for way in ways]
+    assert found.seconds == pytest.approx(min(every), rel=1e-9)
+
+
+def test_a_plan_says_what_moves_take_within_products_and_apart():
+    plan = planned("nanogpt", (1, 2), schemes.megatron_sp, HIDING)
+    (chosen,) = [m for m in plan.moves if m.value in plan["h.0.c_fc"].reads and m.schedule]
+    assert chosen.seconds < chosen.apart_s
+    text = f"apart {seconds_text(chosen.apart_s)}"
+    assert f"within the product by ring, {text}" in str(plan)
+    assert f"by ring, {seconds_text(chosen.seconds)}; {text}" in str(plan.explain("h.0.c_fc"))
 
 
 def test_a_ring_sends_the_same_and_is_priced_by_what_it_hides():
