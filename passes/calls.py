@@ -20,6 +20,7 @@ from autotp.layouts import Layout
 from autotp.passes.coalesce import Coalesced, coalesce
 from autotp.passes.network import Network
 from autotp.passes.overlap import overlap
+from autotp.passes.pricing import RESULT
 from autotp.passes.product_prices import Prices, gathers_again
 from autotp.passes.products import Pair
 from autotp.passes.schedule import sent_of
@@ -34,6 +35,21 @@ SAME = 1e-9
 
 Within = Mapping[int, tuple[Pair, str]]
 """By op the pair that it makes, and by which schedule."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What the rings among some moves keep, beside what is held, within a limit if there is one."""
+
+    bytes_of: Callable[[Sequence[PlannedMove]], int]
+    held_bytes: int
+    limit_bytes: float | None
+
+    def fits(self, moves: Sequence[PlannedMove]) -> bool:
+        """Say whether there is room for what the rings among these moves keep."""
+        more = self.bytes_of(moves)
+        limit = self.limit_bytes
+        return not more or limit is None or self.held_bytes + more <= limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +90,12 @@ class Case:
 
 
 def called(
-    case: Case, pairs: Callable[[], Iterable[Pair]], wanted: Wanted | None
+    case: Case, pairs: Callable[[], Iterable[Pair]], wanted: Wanted | None, kept: Kept
 ) -> tuple[Coalesced, tuple[Priced, ...]]:
     """Return the moves as they are called, and what products that may make some take for them.
 
-    `pairs` are looked for only where something is asked for, or may be hidden.
+    `pairs` are looked for only where something is asked for, or may be hidden. Where what rings
+    gather would not fit, only those are taken that scatter, which keep no more.
     """
     if not (wanted or case.prices.planned.cluster.overlap):
         return case.called({}), ()
@@ -86,6 +103,8 @@ def called(
     given, free = _asked(found, case, wanted)
     without_s = _apart_s(case.called({}))
     within, moved = _by_price(free, case, given)
+    if not kept.fits(moved.moves):
+        within, moved = _by_price([p for p in free if p.slot == RESULT], case, given)
     made = {pair.move for pair, _ in within.values()}
     moves = tuple(
         replace(m, apart_s=without_s[n]) if n in made else m for n, m in enumerate(moved.moves)
@@ -107,15 +126,16 @@ def _asked(
     pairs: Sequence[Pair], case: Case, wanted: Wanted | None
 ) -> tuple[dict[int, tuple[Pair, str]], list[Pair]]:
     """Return the schedules that are asked for, and the pairs of which nothing is asked."""
+    returned = {*case.network.outputs}
     if not wanted:
-        return {}, list(pairs)
+        return {}, [p for p in pairs if case.moves[p.move].value not in returned]
     within: dict[int, tuple[Pair, str]] = {}
     free = []
     for pair in pairs:
         how = wanted(case.decisions[pair.op].name, case.moves[pair.move].axis, pair.schedules)
         if how in pair.schedules and pair.op not in within:
             within[pair.op] = pair, how
-        elif how is None:
+        elif how is None and case.moves[pair.move].value not in returned:
             free.append(pair)
     return within, [pair for pair in free if pair.op not in within]
 

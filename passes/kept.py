@@ -210,3 +210,13 @@ def _add_saved(c: Copies, known: Collection[Copy], rest: Mapping[str, Layout]) -
     for copies in c.inner.values():
         copies -= {copy for copy in copies if rest.get(copy[0]) == copy[1]}
         copies -= {copy for kept in c.saved.values() for copy in kept}
+
+
+def kept_by_rings(c: Copies, moves: Iterable[PlannedMove]) -> int:
+    """Return the bytes of shards that products keep which gather them in a ring.
+
+    They keep what they gathered too, as products do that gather nothing.
+    """
+    rings = [m for m in moves if m.schedule == "ring" and m.forward == "all_gather"]
+    shards = {c.roots[m.value, m.before] for m in rings if c.network.values[m.value].grad}
+    return c.bytes_of(sorted(shards - c.saved.keys() - c.sources, key=str))

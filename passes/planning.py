@@ -19,12 +19,13 @@ from autotp.cost_model.memory import ADAMW_STATES, adamw_scratch_bytes
 from autotp.grid import Grid
 from autotp.layouts import I, Layout
 from autotp.passes.again import Again, Asked, Repeats, choose
-from autotp.passes.calls import Case, called
+from autotp.passes.calls import Case, Kept, called
+from autotp.passes.coalesce import Coalesced
 from autotp.passes.explain import RunnersUp
 from autotp.passes.factors import Factors
 from autotp.passes.found import ROUNDS, Found, budget, reader, scheduled, solve_within
 from autotp.passes.identity import fingerprint, op_text
-from autotp.passes.kept import Copy, read_copies
+from autotp.passes.kept import Copy, kept_by_rings, read_copies
 from autotp.passes.lifetimes import peak_bytes
 from autotp.passes.moves import Moves
 from autotp.passes.network import Network, Op, Value
@@ -44,13 +45,13 @@ from autotp.passes.product_prices import Prices
 from autotp.passes.products import legal
 from autotp.passes.program import Program
 from autotp.passes.requirements import requirements
-from autotp.passes.schedule import needs_of, schedule
+from autotp.passes.schedule import Needs, needs_of, schedule
 from autotp.passes.schedule_pins import Wanted, split_schedules
 from autotp.passes.search.solve import Solution, solve
 from autotp.passes.search_model import Model
 from autotp.passes.strategies import Limits, build_model
 from autotp.passes.traffic import internal_traffic
-from autotp.plan import Decision, Memory, Plan, Resting
+from autotp.plan import Decision, Memory, Plan, PlannedMove, Resting
 from autotp.progress import stage
 from autotp.sizes import examples
 
@@ -145,30 +146,25 @@ def read_plan(
     copies = {v.name: v.table.results[0][k] for v, k in chosen if v.kind == "copy"}
     rest = {v.name: v.table.results[0][k] for v, k in chosen if v.kind == "rest"}
     given = program, network, factors
-    chosen_in = ((op, tables[op.name], picks[op.name]) for op in network.ops)
-    decisions = tuple(_decision(*given, *found, grid) for found in chosen_in)
+    decisions = tuple(
+        _decision(*given, op, tables[op.name], picks[op.name], grid) for op in network.ops
+    )
     whole = (I,) * len(grid.sizes)
     sources = {s: rest.get(s, whole) for s in network.sources}
-    made = {**sources, **{v: c for d in decisions for v, c in zip(d.makes, d.results, strict=True)}}
-    outputs = tuple(
-        _output_layout(model, network.values[o], copies.get(o, made[o]), whole) if o else None
-        for o in network.outputs
-    )
-    needs = needs_of(network, decisions, sources, copies, outputs)
-    move_tables = {v: model.table_of(network.values[v]) for v in needs if v in model.types}
+    outputs = _outputs(network, model, decisions, sources, copies, whole)
     params = _resting(*given, model, rest, whole)
     resting = {r.value: r.layout for r in params.values()}
     asked = Asked(_left(params.values(), budget(cluster)), backward or {})
-    apart = schedule(network, needs, move_tables, model.moves)
+    apart = _apart(network, model, needs_of(network, decisions, sources, copies, outputs))
     returned = {o: c for o, c in zip(network.outputs, outputs, strict=True) if o and c}
     copies_ = read_copies(network, decisions, apart, sources, rest, returned, model.moves)
-    again = choose(
-        copies_, _repeats(network, tables, picks, model), _namer(program, network), asked
-    )
+    repeats = _repeats(network, tables, picks, model)
+    again = choose(copies_, repeats, _namer(program, network), asked)
     case = Case(network, again.decisions, again.moves, resting, Prices(network, model.moves))
     pairs = partial(legal, network, again.decisions, again.moves, copies, outputs, model.moves)
-    moved, priced = called(case, pairs, wanted)
-    moves = moved.moves
+    kept = Kept(partial(kept_by_rings, copies_), again.held_bytes, asked.limit_bytes)
+    moved, priced = called(case, pairs, wanted, kept)
+    shards = kept_by_rings(copies_, moved.moves)
     searched_s = sum(model.searched_s(m, network.values[m.value]) for m in apart)
     ways = [tables[op.name].strategies[picks[op.name]] for op in network.ops]
     at_once = _at_once(network, decisions, moved, outputs, rest, params, model.moves)
@@ -181,11 +177,11 @@ def read_plan(
         params=params,
         copies=copies,
         outputs=outputs,
-        moves=moves,
+        moves=moved.moves,
         buckets=moved.buckets,
-        dynamic=requirements(program, network, ways, decisions, moves, returned, grid),
+        dynamic=requirements(program, network, ways, decisions, moved.moves, returned, grid),
         internal=_internal(network, decisions, grid),
-        memory=_memory(params.values(), again, at_once),
+        memory=_memory(params.values(), again, shards, at_once),
         step_time_s=solution.cost_s + again.ops_s + moved.seconds - searched_s,
         lower_bound_s=solution.lower_bound_s,
         search_s=solution.seconds,
@@ -193,6 +189,12 @@ def read_plan(
         priced=priced,
         unruled=tuple(network.unruled.items()),
     )
+
+
+def _apart(network: Network, model: Model, needs: Mapping[str, Needs]) -> tuple[PlannedMove, ...]:
+    """Return the moves of a plan, a call each."""
+    tables = {v: model.table_of(network.values[v]) for v in needs if v in model.types}
+    return schedule(network, needs, tables, model.moves)
 
 
 def _decision(
@@ -228,6 +230,23 @@ def _decision(
         free=op.rule.free,
         flops=table.flops,
         region=op.region,
+    )
+
+
+def _outputs(
+    network: Network,
+    model: Model,
+    decisions: Sequence[Decision],
+    sources: Mapping[str, Layout],
+    copies: Mapping[str, Layout],
+    whole: Layout,
+) -> tuple[Layout | None, ...]:
+    """Return the layout in which each output is returned."""
+    made = {v: c for d in decisions for v, c in zip(d.makes, d.results, strict=True)}
+    held = {**sources, **made, **copies}
+    return tuple(
+        _output_layout(model, network.values[o], held[o], whole) if o else None
+        for o in network.outputs
     )
 
 
@@ -288,16 +307,19 @@ def _at_once(
     return peak_bytes(network, decisions, *given, local_bytes, scratch, prices.cluster.backend)
 
 
-def _memory(resting: Collection[Resting], again: Again, at_once: int) -> Memory:
-    """Return the memory of a rank; what is made again is taken off the most that is at once."""
+def _memory(resting: Collection[Resting], again: Again, shards: int, at_once: int) -> Memory:
+    """Return the memory of a rank; what is made again is taken off the most that is at once.
+
+    `shards` are the bytes of those that rings keep besides.
+    """
     trained = sum(r.local_bytes for r in resting if r.trained)
     parameters, states = sum(r.local_bytes for r in resting), ADAMW_STATES * trained
     return Memory(
         parameters=parameters,
         gradients=trained,
         optimizer=states,
-        activations=again.held_bytes,
-        peak=parameters + states + max(trained, at_once - again.freed_bytes),
+        activations=again.held_bytes + shards,
+        peak=parameters + states + max(trained, at_once + shards - again.freed_bytes),
     )
 
 

@@ -200,5 +200,6 @@ def products_that_move(plan: Plan) -> set[tuple[str, str, str]]:
         (d.name, m.axis, m.schedule)
         for m in within
         for d in plan.decisions
-        if m.value in d.makes or (m.value, m.after) in zip(d.reads, d.operands, strict=True)
+        if (m.value, m.before if m.forward == "reduce_scatter" else m.after)
+        in zip((*d.makes, *d.reads), (*d.results, *d.operands), strict=True)
     }

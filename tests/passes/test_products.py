@@ -146,10 +146,13 @@ def test_what_several_products_read_is_moved_once_before_them():
     assert shared and not any(m.schedule for m in plan.moves if m.value in shared)
 
 
-@pytest.mark.parametrize("overlap", [0.3, 0.9])
-@pytest.mark.parametrize("flops_per_s", [1e9, 1e10, 1e11])
 @pytest.mark.parametrize(
-    ("grid", "scheme"), [((1, 2), schemes.megatron_sp), ((2, 2), schemes.summa_abt)]
+    ("grid", "scheme", "flops_per_s", "overlap"),
+    [
+        ((1, 2), schemes.megatron_sp, 1e10, 0.3),
+        ((1, 2), schemes.megatron_sp, 1e11, 0.9),
+        ((2, 2), schemes.summa_abt, 1e11, 0.3),
+    ],
 )
 def test_the_choice_is_the_best_of_all(grid, scheme, flops_per_s, overlap, monkeypatch):
     asked = []
@@ -169,6 +172,17 @@ def test_the_choice_is_the_best_of_all(grid, scheme, flops_per_s, overlap, monke
     ways = [dict(zip(of_op, way, strict=True)) for way in itertools.product(*of_op.values())]
     every = [case.called({op: w for op, w in way.items() if w}).seconds for way in ways]
     assert found.seconds == pytest.approx(min(every), rel=1e-9)
+
+
+def test_what_rings_keep_is_counted_and_kept_within_the_memory():
+    apart = planned("nanogpt", (1, 2), schemes.megatron_sp, HIDING, col="once").memory
+    free = planned("nanogpt", (1, 2), schemes.megatron_sp, HIDING)
+    assert free.memory.activations > apart.activations and free.memory.peak > apart.peak
+    tight = replace(HIDING, memory_bytes=float(apart.total))
+    plan = planned("nanogpt", (1, 2), schemes.megatron_sp, tight)
+    assert plan.memory.total <= apart.total
+    scattered = {m.forward for m in plan.moves if m.schedule}
+    assert scattered == {"reduce_scatter"} and plan.step_time_s > free.step_time_s
 
 
 def test_a_plan_says_what_moves_take_within_products_and_apart():
