@@ -61,6 +61,7 @@ class Case:
     moves: Sequence[PlannedMove]
     rest: Mapping[str, Layout]
     prices: Prices
+    kept: Kept
 
     def called(self, within: Within) -> Coalesced:
         """Return the moves as they are called where products make some of them."""
@@ -90,7 +91,7 @@ class Case:
 
 
 def called(
-    case: Case, pairs: Callable[[], Iterable[Pair]], wanted: Wanted | None, kept: Kept
+    case: Case, pairs: Callable[[], Iterable[Pair]], wanted: Wanted | None
 ) -> tuple[Coalesced, tuple[Priced, ...]]:
     """Return the moves as they are called, and what products that may make some take for them.
 
@@ -103,7 +104,7 @@ def called(
     given, free = _asked(found, case, wanted)
     without_s = _apart_s(case.called({}))
     within, moved = _by_price(free, case, given)
-    if not kept.fits(moved.moves):
+    if not case.kept.fits(moved.moves):
         within, moved = _by_price([p for p in free if p.slot == RESULT], case, given)
     made = {pair.move for pair, _ in within.values()}
     moves = tuple(

@@ -141,14 +141,13 @@ def read_plan(
 ) -> Plan:
     """Return a solution as a Plan; pins say what backward makes again, and how products move."""
     chosen = list(zip(model.variables, solution.choice, strict=True))
-    tables = {v.name: v.table for v in model.variables if v.kind == "op"}
-    picks = {v.name: k for v, k in chosen if v.kind == "op"}
+    ops = [(v.name, v.table, k) for v, k in chosen if v.kind == "op"]
+    tables, picks = {n: t for n, t, _ in ops}, {n: k for n, _, k in ops}
     copies = {v.name: v.table.results[0][k] for v, k in chosen if v.kind == "copy"}
     rest = {v.name: v.table.results[0][k] for v, k in chosen if v.kind == "rest"}
     given = program, network, factors
-    decisions = tuple(
-        _decision(*given, op, tables[op.name], picks[op.name], grid) for op in network.ops
-    )
+    chosen_in = ((op, tables[op.name], picks[op.name]) for op in network.ops)
+    decisions = tuple(_decision(*given, *found, grid) for found in chosen_in)
     whole = (I,) * len(grid.sizes)
     sources = {s: rest.get(s, whole) for s in network.sources}
     outputs = _outputs(network, model, decisions, sources, copies, whole)
@@ -158,12 +157,11 @@ def read_plan(
     apart = _apart(network, model, needs_of(network, decisions, sources, copies, outputs))
     returned = {o: c for o, c in zip(network.outputs, outputs, strict=True) if o and c}
     copies_ = read_copies(network, decisions, apart, sources, rest, returned, model.moves)
-    repeats = _repeats(network, tables, picks, model)
-    again = choose(copies_, repeats, _namer(program, network), asked)
-    case = Case(network, again.decisions, again.moves, resting, Prices(network, model.moves))
-    pairs = partial(legal, network, again.decisions, again.moves, copies, outputs, model.moves)
+    again = choose(copies_, _repeats(model, tables, picks, network), _namer(*given[:2]), asked)
     kept = Kept(partial(kept_by_rings, copies_), again.held_bytes, asked.limit_bytes)
-    moved, priced = called(case, pairs, wanted, kept)
+    case = Case(network, again.decisions, again.moves, resting, Prices(network, model.moves), kept)
+    pairs = partial(legal, network, again.decisions, again.moves, copies, outputs, model.moves)
+    moved, priced = called(case, pairs, wanted)
     shards = kept_by_rings(copies_, moved.moves)
     searched_s = sum(model.searched_s(m, network.values[m.value]) for m in apart)
     ways = [tables[op.name].strategies[picks[op.name]] for op in network.ops]
@@ -324,7 +322,7 @@ def _memory(resting: Collection[Resting], again: Again, shards: int, at_once: in
 
 
 def _repeats(
-    network: Network, tables: Mapping[str, Table], picks: Mapping[str, int], model: Model
+    model: Model, tables: Mapping[str, Table], picks: Mapping[str, int], network: Network
 ) -> Repeats:
     """Return what it costs to make again."""
 
