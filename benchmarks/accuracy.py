@@ -2,10 +2,11 @@
 
 Four gloo ranks. The machine is measured first, on the CPU clock; then each scheme of
 `autotp.schemes`, and what the search picks by itself, is planned, run and compared with its plan:
-CPU-seconds per rank and step (AdamW included), bytes sent, and the peak memory of the
-step: parameters and all that was taken since the program was ready.
-Prints one line per scheme, and per shape the rank correlation, the median errors and the regret:
-the measured time of the pick over the best measured. Writes one JSON.
+CPU-seconds per rank and step (AdamW included), bytes sent, and the most bytes that live at once on
+rank 0: parameters, the optimizer's states and all that operators made. All steps are taken in turn,
+round after round; of shapes too large for that in sets, whose seconds are scaled to those of the
+pick, which is in each. Prints one line per scheme, and per shape the rank correlation, the median
+errors and the regret: the measured time of the pick over the best measured. Writes one JSON.
 
     OMP_NUM_THREADS=1 python benchmarks/accuracy.py [--all] [--steps 3] [--out accuracy.json]
 """
@@ -17,13 +18,13 @@ import json
 import platform
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from gauges import peak_bytes, reset_peak, resident_bytes, spend
+from gauges import Spent, Step, spend
 from scipy.stats import spearmanr
 from shapes import MEASURED, SHAPES
 from variants import training_step
@@ -32,6 +33,7 @@ import autotp
 from autotp.cost_model.calibration import fit
 from autotp.cost_model.cluster import Cluster
 from autotp.launch import launch
+from autotp.live_bytes import LiveBytes
 from autotp.measure import QUICK, measure
 from autotp.module import ParallelModule
 from autotp.schemes import SCHEMES, scheme_pins
@@ -54,11 +56,23 @@ class Row:
     predicted_bytes: float
     sent_bytes: float
     predicted_memory: float
-    peak_memory: float
+    live_memory: float
 
 
-def run_scheme(shape: str, scheme: str, cluster: Cluster, steps: int) -> Row | str:
-    """Plan, run and measure one scheme on this rank; say why where it is refused."""
+@dataclass(slots=True)
+class Ready:
+    """A scheme that is ready to step on this rank, and what its steps took so far."""
+
+    scheme: str
+    plan: autotp.Plan
+    step: Step
+    sent_bytes: float
+    live_bytes: float
+    spent: list[Spent] = field(default_factory=list)
+
+
+def ready(shape: str, scheme: str, cluster: Cluster) -> Ready | str:
+    """Plan a scheme, take its first steps and watch the last; say why where it is refused."""
     model, inputs = SHAPES[shape].build()
     try:
         pins = None if scheme == PICK else scheme_pins(scheme, model, GRID, inputs)
@@ -67,26 +81,59 @@ def run_scheme(shape: str, scheme: str, cluster: Cluster, steps: int) -> Row | s
         return error.what
     parallel = cast(ParallelModule, model)
     plan, axes = parallel.plan, parallel._autotp.axes.values()
-    before = resident_bytes() - plan.memory.parameters
     step = training_step(model, inputs)
     step()
+    model.zero_grad()
     for axis in axes:
         axis.reset_sent()
-    resident_bytes()
-    reset_peak()
-    spent = [spend(step) for _ in range(steps)]
-    sent = float(sum(sum(axis.sent.values()) for axis in axes)) / steps
-    return Row(
-        shape,
-        scheme,
-        plan.step_time_s,
-        statistics.median(s.cpu_s for s in spent) / RANKS,
-        statistics.median(s.wall_s for s in spent),
-        float(plan.comm_bytes),
-        sent,
-        plan.memory.total,
-        peak_bytes() - before,
-    )
+    with LiveBytes() as live:
+        step()
+    sent = float(sum(sum(axis.sent.values()) for axis in axes))
+    rests = plan.memory.parameters + plan.memory.optimizer
+    return Ready(scheme, plan, step, sent, rests + live.peak)
+
+
+def run_set(
+    shape: str, schemes: Sequence[str], cluster: Cluster, steps: int
+) -> tuple[list[Ready], list[tuple[str, str, str]]]:
+    """Return what the steps of these schemes took, all in turn, and which were refused."""
+    found = {scheme: ready(shape, scheme, cluster) for scheme in schemes}
+    refused = [(shape, scheme, why) for scheme, why in found.items() if isinstance(why, str)]
+    going = [r for r in found.values() if isinstance(r, Ready)]
+    for _ in range(steps):
+        for r in going:
+            r.spent.append(spend(r.step))
+    return going, refused
+
+
+def rows_of(shape: str, sets: Sequence[Sequence[Ready]]) -> list[Row]:
+    """Return a row per scheme; seconds are scaled to those of the pick in the first set."""
+    rows: dict[str, Row] = {}
+    for mine in sets:
+        scale = _seconds(sets[0][0])[0] / _seconds(mine[0])[0]
+        for r in mine:
+            (cpu_s, wall_s), plan = _seconds(r), r.plan
+            rows.setdefault(
+                r.scheme,
+                Row(
+                    shape,
+                    r.scheme,
+                    plan.step_time_s,
+                    cpu_s * scale,
+                    wall_s * scale,
+                    float(plan.comm_bytes),
+                    r.sent_bytes,
+                    plan.memory.at_once,
+                    r.live_bytes,
+                ),
+            )
+    return list(rows.values())
+
+
+def _seconds(r: Ready) -> tuple[float, float]:
+    """Return the median CPU-seconds per rank and wall seconds of a step."""
+    cpu_s = statistics.median(s.cpu_s for s in r.spent) / RANKS
+    return cpu_s, statistics.median(s.wall_s for s in r.spent)
 
 
 def work(
@@ -96,25 +143,37 @@ def work(
     dist.init_process_group("gloo")
     measured = measure(replace(QUICK, seconds=seconds), torch.device("cpu"))
     cluster = fit(measured, "measured_cpu_clock", "cpu")
-    run_scheme(WARM, "megatron", cluster, steps=1)  # what is imported late counts for no scheme
+    run_set(WARM, ["megatron"], cluster, steps=1)  # what is imported late counts for no scheme
     rows: list[Row] = []
     refused = []
     for shape in shapes:
-        for scheme in schemes:
-            found = run_scheme(shape, scheme, cluster, steps)
-            if isinstance(found, str):
-                refused.append((shape, scheme, found))
-                continue
-            rows.append(found)
-            if dist.get_rank() == 0:
-                print(line(found), flush=True)
+        sets = []
+        for names in sets_of(schemes, SHAPES[shape].together):
+            going, missing = run_set(shape, names, cluster, steps)
+            refused += missing
+            sets.append([replace(r, step=_done) for r in going])  # lets go of the model
+        found = rows_of(shape, sets)
+        rows += found
+        if dist.get_rank() == 0:
+            print(*map(line, found), sep="\n", flush=True)
     return rows, refused, asdict(measured)
+
+
+def _done() -> float:
+    return 0.0
+
+
+def sets_of(schemes: Sequence[str], size: int) -> list[list[str]]:
+    """Return the schemes that are held at once, the pick first in each set."""
+    others = [scheme for scheme in schemes if scheme != PICK]
+    starts = range(0, max(1, len(others)), max(1, size - 1))
+    return [[PICK, *others[start : start + max(1, size - 1)]] for start in starts]
 
 
 def line(row: Row) -> str:
     times = f"{row.predicted_s:8.3f} s {row.cpu_s:8.3f} s {row.predicted_s / row.cpu_s:6.2f}"
     sent = f"{row.predicted_bytes / 1e6:8.2f} {row.sent_bytes / 1e6:8.2f} MB"
-    memory = f"{row.predicted_memory / 1e6:7.0f} {row.peak_memory / 1e6:7.0f} MB"
+    memory = f"{row.predicted_memory / 1e6:7.0f} {row.live_memory / 1e6:7.0f} MB"
     return f"{row.shape:<17} {row.scheme:<18} {times}  {sent}  {memory}"
 
 
@@ -126,7 +185,7 @@ def summary(rows: list[Row]) -> dict[str, float]:
         "spearman": float(spearmanr(predicted, measured).statistic),
         "time_error": statistics.median(abs(r.predicted_s / r.cpu_s - 1) for r in rows),
         "memory_error": statistics.median(
-            abs(r.predicted_memory / r.peak_memory - 1) for r in rows
+            abs(r.predicted_memory / r.live_memory - 1) for r in rows
         ),
         "bytes_error": max(abs(r.predicted_bytes / r.sent_bytes - 1) for r in rows),
         "regret": pick.cpu_s / min(measured) - 1,
