@@ -102,7 +102,7 @@ def cell(p: Point) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--all", action="store_true", help="both models, all schemes and ranks")
-    parser.add_argument("--models", nargs="+", choices=SEQ, default=["gpt2-xl"])
+    parser.add_argument("--models", nargs="+", choices=SEQ, default=["llama-3-8b"])
     parser.add_argument("--ranks", nargs="+", type=int, default=[8, 64, 1024])
     parser.add_argument("--per-rank", type=float, default=1.0, help="sequences")
     parser.add_argument("--out", type=Path)
