@@ -148,7 +148,7 @@ def work(
     refused = []
     for shape in shapes:
         sets = []
-        for names in sets_of(schemes, SHAPES[shape].together):
+        for names in sets_of(schemes, SHAPES[shape].together // 2):
             going, missing = run_set(shape, names, cluster, steps)
             refused += missing
             sets.append([replace(r, step=_done) for r in going])  # lets go of the model
@@ -164,10 +164,11 @@ def _done() -> float:
 
 
 def sets_of(schemes: Sequence[str], size: int) -> list[list[str]]:
-    """Return the schemes that are held at once, the pick first in each set."""
+    """Return the schemes that are held at once, the pick first in each set of `size`, or of two."""
     others = [scheme for scheme in schemes if scheme != PICK]
-    starts = range(0, max(1, len(others)), max(1, size - 1))
-    return [[PICK, *others[start : start + max(1, size - 1)]] for start in starts]
+    beside = max(1, size - 1)
+    starts = range(0, max(1, len(others)), beside)
+    return [[PICK, *others[start : start + beside]] for start in starts]
 
 
 def line(row: Row) -> str:
