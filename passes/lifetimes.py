@@ -242,7 +242,7 @@ def _shared_buffers(story: _Story, bucket: Bucket) -> Iterator[Span]:
         yield Span(at, at, copies * bucket.size_bytes + (kind in BUFFERED) * apart)
     if bucket.forward in FREE or bucket.begins in (AT_ONCE, WHERE_MADE):
         return
-    begun = next(n for n, op in enumerate(story.network.ops) if op.name == bucket.begins)
+    begun = [d.name for d in story.decisions].index(bucket.begins)
     yield Span(2 * begun, moment - 1, bucket.size_bytes)
     if bucket.backward not in FREE:
         copies = 1 + (bucket.backward in story.received)
