@@ -102,6 +102,7 @@ def run_set(
     going = [r for r in found.values() if isinstance(r, Ready)]
     for _ in range(steps):
         for r in going:
+            r.step()  # its memory is warm, as in a loop of its own
             r.spent.append(spend(r.step))
     return going, refused
 
