@@ -1,6 +1,6 @@
 """How far is the prediction from the step: time, bytes and memory, for every published scheme?
 
-Four gloo ranks. The machine is measured first, on the CPU clock; then each scheme of
+Four gloo ranks. For each shape the machine is measured, on the CPU clock; then each scheme of
 `autotp.schemes`, and what the search picks by itself, is planned, run and compared with its plan:
 CPU-seconds per rank and step (AdamW included), bytes sent, and the most bytes that live at once on
 rank 0: parameters, the optimizer's states and all that operators made. All steps are taken in turn,
@@ -31,7 +31,7 @@ from variants import training_step
 
 import autotp
 from autotp.cost_model.calibration import fit
-from autotp.cost_model.cluster import Cluster
+from autotp.cost_model.cluster import Cluster, gloo_loopback
 from autotp.launch import launch
 from autotp.live_bytes import LiveBytes
 from autotp.measure import QUICK, measure
@@ -140,24 +140,24 @@ def _seconds(r: Ready) -> tuple[float, float]:
 def work(
     shapes: Sequence[str], schemes: Sequence[str], steps: int, seconds: float
 ) -> tuple[list[Row], list[tuple[str, str, str]], dict[str, Any]]:
-    """Measure the machine, then every scheme on every shape; every rank calls it."""
+    """For every shape measure the machine, then every scheme; every rank calls it."""
     dist.init_process_group("gloo")
-    measured = measure(replace(QUICK, seconds=seconds), torch.device("cpu"))
-    cluster = fit(measured, "measured_cpu_clock", "cpu")
-    run_set(WARM, ["megatron"], cluster, steps=1)  # what is imported late counts for no scheme
     rows: list[Row] = []
-    refused = []
+    refused, measured = [], {}
+    run_set(WARM, ["megatron"], gloo_loopback(), steps=1)  # what is imported late counts for none
     for shape in shapes:
+        found = measure(replace(QUICK, seconds=seconds), torch.device("cpu"))
+        cluster, measured[shape] = fit(found, "measured_cpu_clock", "cpu"), asdict(found)
         sets = []
         for names in sets_of(schemes, SHAPES[shape].together // 2):
             going, missing = run_set(shape, names, cluster, steps)
             refused += missing
             sets.append([replace(r, step=_done) for r in going])  # lets go of the model
-        found = rows_of(shape, sets)
-        rows += found
+        mine = rows_of(shape, sets)
+        rows += mine
         if dist.get_rank() == 0:
-            print(*map(line, found), sep="\n", flush=True)
-    return rows, refused, asdict(measured)
+            print(*map(line, mine), sep="\n", flush=True)
+    return rows, refused, measured
 
 
 def _done() -> float:
@@ -200,7 +200,9 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=SHORT)
     parser.add_argument("--schemes", nargs="+", choices=[*SCHEMES, PICK], default=[*SCHEMES, PICK])
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=8.0, help="of measuring the machine")
+    parser.add_argument(
+        "--seconds", type=float, default=8.0, help="of measuring the machine per shape"
+    )
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     shapes = MEASURED if args.all else tuple(args.shapes)
