@@ -52,9 +52,11 @@ FORCED = [
             ((1, 4), schemes.fsdp, "col"),
             ((2, 2), schemes.summa, "row"),
             ((2, 2), schemes.summa_abt, "col"),
-            ((2, 3), schemes.summa, "col"),
-            ((2, 3), schemes.summa, "row"),
         ]
+    ),
+    *(  # six heads
+        pytest.param("nanogpt", (2, 3), schemes.summa, axis, marks=pytest.mark.slow)
+        for axis in ("col", "row")
     ),
 ]
 
