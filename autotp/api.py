@@ -28,9 +28,8 @@ from autotp.grid_table import Grids
 from autotp.layouts import I, Layout, layout_text
 from autotp.module import Compiled, ParallelModule, State, compile_mode, make_parallel, new_state
 from autotp.options import Options
-from autotp.passes.capture.regions import fold_regions
 from autotp.passes.capture.varying import given_dims
-from autotp.passes.emit.again import remember
+from autotp.passes.emit.again import runnable
 from autotp.passes.emit.codegen import emit
 from autotp.passes.emit.verify import verify
 from autotp.passes.factors import Factors, infer_factors
@@ -121,7 +120,7 @@ def _emitted(
     """Return the program of one rank, its types checked."""
     module = emit(program, network, plan, coords, axes, rng)
     verify(module, network, factors, plan.grid)
-    return fold_regions(remember(module, network))
+    return runnable(module, network)
 
 
 def parallelize(

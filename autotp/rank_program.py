@@ -22,8 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from autotp.axis import Axis
 from autotp.grid import Coords
 from autotp.live_bytes import LiveBytes
-from autotp.passes.capture.regions import fold_regions
-from autotp.passes.emit.again import remember
+from autotp.passes.emit.again import runnable
 from autotp.passes.emit.codegen import emit
 from autotp.passes.emit.verify import verify
 from autotp.passes.factors import Factors
@@ -113,7 +112,7 @@ def alone(
     written = {fqn: values[node] for node, fqn in program.buffers.items()}
     trained = [p for p in params.values() if p.requires_grad]
     return RankProgram(
-        module=fold_regions(remember(module, network)),
+        module=runnable(module, network),
         arguments=tuple(values.values()),
         params=params,
         written=tuple(written[fqn] for fqn in program.mutations.values()),

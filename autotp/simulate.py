@@ -18,8 +18,7 @@ from torch import Tensor, fx
 from autotp.axis import Axis, run_ranks
 from autotp.grid import Coords, Grid
 from autotp.layouts import I, Layout, P, assemble, take_shard
-from autotp.passes.capture.regions import fold_regions
-from autotp.passes.emit.again import remember
+from autotp.passes.emit.again import runnable
 from autotp.passes.emit.codegen import emit
 from autotp.passes.network import Network
 from autotp.passes.program import Program
@@ -80,7 +79,7 @@ def run_grid(
         own = leaves(inputs)
         values = placeholder_values(program, params, state, own)
         if execute is None:
-            outputs = fold_regions(remember(module, network))(*values)
+            outputs = runnable(module, network)(*values)
         else:
             outputs = execute(rank, module, values)
         run_backward(outputs, backward and _local_gradients(plan, backward, coords))

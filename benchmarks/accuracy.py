@@ -27,7 +27,7 @@ import torch.distributed as dist
 from gauges import Spent, Step, spend
 from scipy.stats import spearmanr
 from shapes import MEASURED, SHAPES
-from variants import training_step
+from variants import sets_of, training_step
 
 import autotp
 from autotp.cost_model.calibration import fit
@@ -149,7 +149,7 @@ def work(
         found = measure(replace(QUICK, seconds=seconds), torch.device("cpu"))
         cluster, measured[shape] = fit(found, "measured_cpu_clock", "cpu"), asdict(found)
         sets = []
-        for names in sets_of(schemes, SHAPES[shape].together // 2):
+        for names in sets_of(schemes, PICK, SHAPES[shape].together // 2):
             going, missing = run_set(shape, names, cluster, steps)
             refused += missing
             sets.append([replace(r, step=_done) for r in going])  # lets go of the model
@@ -162,14 +162,6 @@ def work(
 
 def _done() -> float:
     return 0.0
-
-
-def sets_of(schemes: Sequence[str], size: int) -> list[list[str]]:
-    """Return the schemes that are held at once, the pick first in each set of `size`, or of two."""
-    others = [scheme for scheme in schemes if scheme != PICK]
-    beside = max(1, size - 1)
-    starts = range(0, max(1, len(others)), beside)
-    return [[PICK, *others[start : start + beside]] for start in starts]
 
 
 def line(row: Row) -> str:

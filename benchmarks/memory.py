@@ -30,11 +30,10 @@ from variants import GRIDS, SHARE, SQUARE_GRID
 import autotp
 from autotp.cost_model.cluster import gloo_loopback
 from autotp.grid import Coords, as_grid
-from autotp.live_bytes import LiveBytes
 from autotp.notation import memory_text
 from autotp.options import Options
 from autotp.passes.planning import search_plan
-from autotp.rank_program import alone
+from autotp.rank_program import alone, peak
 from autotp.reading import inferred
 from autotp.schemes import SCHEMES, pins_of
 from autotp.silent_axis import CopyClock, silent_axes
@@ -83,12 +82,10 @@ def rows_of(shape: str, schemes: list[str]) -> Iterator[Row]:
         axes = silent_axes(grid, ORIGIN, CopyClock(CPU))
         rank = alone(found, plan, ORIGIN, axes, dict(model.named_buffers()), values, CPU)
         rank.step()
-        rank.forget_gradients()
-        with LiveBytes() as live:
-            rank.step()
-        held = rank.at_rest - sum(x.nbytes for x in values) + live.peak
+        in_all, _ = peak(rank)
+        held, activations = in_all - sum(x.nbytes for x in values), in_all - rank.at_rest
         by_kind = memory_text(plan.memory)
-        yield Row(shape, scheme, str(grid), plan.memory.at_once, held, live.peak, by_kind)
+        yield Row(shape, scheme, str(grid), plan.memory.at_once, held, activations, by_kind)
 
 
 def line(row: Row) -> str:

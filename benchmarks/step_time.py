@@ -36,7 +36,7 @@ import torch.distributed as dist
 from gauges import Spent, Step, peak_bytes, reset_peak, resident_bytes, spend
 from links import GIGABIT, limit, missing, private_network
 from shapes import MEASURED, SHAPES
-from variants import PLANNED, REFERENCE, VARIANTS, Refused, training_step
+from variants import PLANNED, REFERENCE, VARIANTS, Refused, sets_of, training_step
 
 import autotp
 from autotp.cost_model.calibration import Clock, fit
@@ -90,7 +90,8 @@ def work(shapes: Sequence[str], names: Sequence[str], options: Options) -> list[
     clusters = {link: _measured(link, options) for link in options.links}
     out = []
     for shape in shapes:
-        sets = [train(shape, chosen, clusters, options) for chosen in sets_of(shape, names)]
+        chosen = sets_of(names, REFERENCE, SHAPES[shape].together)
+        sets = [train(shape, some, clusters, options) for some in chosen]
         out.append(compared(sets))
         if dist.get_rank() == 0:
             about, layers = SHAPES[shape].about, options.layers or SHAPES[shape].layers
@@ -104,15 +105,6 @@ def _measured(link: str, options: Options) -> Cluster:
     with _limited(link, options):
         found = measure(replace(QUICK, seconds=options.seconds), torch.device("cpu"))
     return fit(found, link, CLOCKS[link])
-
-
-def sets_of(shape: str, names: Sequence[str]) -> list[list[str]]:
-    """Return the variants that are held at once, the reference among each set."""
-    others = [name for name in names if name != REFERENCE]
-    size = max(1, SHAPES[shape].together - 1)
-    return [
-        [REFERENCE, *others[start : start + size]] for start in range(0, max(1, len(others)), size)
-    ]
 
 
 def train(

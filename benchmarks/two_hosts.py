@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -117,8 +118,12 @@ def print_table(rows: list[Row]) -> None:
         print(f"{row.name:<30}{times}{planned:>28}{wire:28.2f}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def over_two_hosts(about: str | None, work: Callable[..., Any]) -> tuple[argparse.Namespace, Any]:
+    """Return what the command asks for, and what `work` returned on a rank; ends where it cannot.
+
+    `work` is given the other host, and the shape, rounds and seconds that are asked for.
+    """
+    parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--shape", choices=SHAPES, default="activation-heavy")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rate", default="300mbit", help="of the wire, as tc spells it")
@@ -127,19 +132,28 @@ def main() -> None:
     args = parser.parse_args()
     if why_not := missing():
         print(f"skipped: two hosts on one machine take network namespaces, and {why_not}")
-        return
+        raise SystemExit(0)
     private_network()
     with two_hosts(args.rate) as other:
-        rows, cluster = launch(work, RANKS, other, args.shape, args.rounds, args.seconds)[0]
+        return args, launch(work, RANKS, other, args.shape, args.rounds, args.seconds)[0]
+
+
+def write(args: argparse.Namespace, rows: Sequence[Any]) -> None:
+    """Write the rows as JSON, if that is asked for."""
+    if args.out:
+        body = {"options": {**vars(args), "out": str(args.out)}, "rows": list(map(asdict, rows))}
+        args.out.write_text(json.dumps(body, indent=1) + "\n")
+
+
+def main() -> None:
+    args, (rows, cluster) = over_two_hosts(__doc__, work)
     print(f"{args.shape}: {SHAPES[args.shape].about}; a wire of {args.rate} between two hosts")
     for place, link in (("inside", cluster.intra), ("between", cluster.inter)):
         print(f"measured {place}: {link.bandwidth_bytes_per_s / 1e6:.0f} MB/s, all_gather")
     print_table(rows)
     best = min(rows, key=lambda row: statistics.median(row.wall_s))
     print(f"the fastest: {best.name}")
-    if args.out:
-        body = {"options": {**vars(args), "out": str(args.out)}, "rows": list(map(asdict, rows))}
-        args.out.write_text(json.dumps(body, indent=1) + "\n")
+    write(args, rows)
 
 
 if __name__ == "__main__":

@@ -14,20 +14,17 @@ It takes root on Linux, for the namespaces; elsewhere it says so and stops.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from gauges import spend
-from links import WIRE, missing, private_network, sent_bytes, two_hosts
+from links import WIRE, sent_bytes
 from shapes import SHAPES
-from two_hosts import PER_HOST, RANKS, join
+from two_hosts import PER_HOST, RANKS, join, over_two_hosts, write
 from variants import training_step
 
 import autotp
@@ -36,7 +33,6 @@ from autotp.cost_model.cluster import Cluster
 from autotp.cost_model.collectives import ROUNDS, level_bytes
 from autotp.cost_model.levels import STAGES, members_of, nodes_of
 from autotp.dist_axis import dist_axes
-from autotp.launch import launch
 from autotp.measure import QUICK, measure
 from autotp.ranks import make_mesh
 from autotp.schemes import scheme_pins
@@ -127,24 +123,10 @@ def print_table(rows: list[Row]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shape", choices=SHAPES, default="activation-heavy")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--rate", default="300mbit", help="of the wire, as tc spells it")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of measuring the links")
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    if why_not := missing():
-        print(f"skipped: two hosts on one machine take network namespaces, and {why_not}")
-        return
-    private_network()
-    with two_hosts(args.rate) as other:
-        rows = launch(work, RANKS, other, args.shape, args.rounds, args.seconds)[0]
+    args, rows = over_two_hosts(__doc__, work)
     print(f"{args.shape}: one axis of {RANKS} ranks over two hosts, a wire of {args.rate}")
     print_table(rows)
-    if args.out:
-        body = {"options": {**vars(args), "out": str(args.out)}, "rows": list(map(asdict, rows))}
-        args.out.write_text(json.dumps(body, indent=1) + "\n")
+    write(args, rows)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ batch, the loss that a step returns is the mean over ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -67,6 +67,14 @@ def training_step(
         return float(loss.detach())
 
     return step
+
+
+def sets_of(names: Sequence[str], first: str, size: int) -> list[list[str]]:
+    """Return the names that are held at once: `first` in each set of `size`, or of two."""
+    others = [name for name in names if name != first]
+    beside = max(1, size - 1)
+    starts = range(0, max(1, len(others)), beside)
+    return [[first, *others[start : start + beside]] for start in starts]
 
 
 # autotp ------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 from autotp.passes.capture.names import numbered
-from autotp.passes.capture.regions import REGION
+from autotp.passes.capture.regions import REGION, fold_regions
 from autotp.passes.emit.together_calls import is_shared, source_of
 from autotp.passes.kept import ALIASES, renames
 from autotp.passes.network import Network, Op, is_getitem
@@ -32,6 +32,11 @@ RECALLS = "recalls"
 
 Recipes = tuple[fx.Node, ...]
 """Nodes that make recipes, in order."""
+
+
+def runnable(module: fx.GraphModule, network: Network) -> fx.GraphModule:
+    """Return an emitted and verified program as ranks run it, its regions folded."""
+    return fold_regions(remember(module, network))
 
 
 def remember(module: fx.GraphModule, network: Network) -> fx.GraphModule:

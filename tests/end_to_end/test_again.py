@@ -13,8 +13,7 @@ from torch.utils._pytree import tree_leaves
 import autotp
 from autotp.check import compare, prepare, take_step
 from autotp.grid import as_grid
-from autotp.passes.capture.regions import fold_regions
-from autotp.passes.emit.again import remember
+from autotp.passes.emit.again import runnable
 from autotp.passes.planning import search_plan
 from tests.end_to_end.models import (
     CLUSTER,
@@ -99,7 +98,7 @@ def run(subject, plan, as_planned=True):
 
     def execute(rank, module, values):
         with Live() as live:
-            ready = fold_regions(remember(module, subject.network)) if as_planned else module
+            ready = runnable(module, subject.network) if as_planned else module
             outputs = ready(*values)
             held[rank] = live.nbytes()
         return outputs
