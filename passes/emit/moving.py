@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 from torch import fx
@@ -28,6 +29,24 @@ def fetch(e: Emitter, value: str, layout: Layout) -> fx.Node:
                 made.meta.update(layout=move.after, value=value, move=move)
                 e.nodes[value, move.after] = made
     return e.nodes[value, layout]
+
+
+def needed(e: Emitter, value: str, layout: Layout) -> Iterator[fx.Node]:
+    """Yield the nodes that are there already of what fetching a value reads."""
+    if (value, layout) in e.nodes:
+        yield e.nodes[value, layout]
+        return
+    if value in e.hubs and layout != e.hubs[value]:
+        yield from needed(e, value, e.hubs[value])
+    for move in _route(e, value, layout):
+        if (value, move.before) in e.nodes:
+            yield e.nodes[value, move.before]
+        bucket = e.buckets.get((value, move.after))
+        if bucket is not None and bucket.moves[0] in e.begun:
+            yield e.begun[bucket.moves[0]]
+        elif bucket is not None:
+            for other in (e.plan.moves[n] for n in bucket.moves if e.plan.moves[n] != move):
+                yield from needed(e, other.value, other.before)
 
 
 def _route(e: Emitter, value: str, layout: Layout) -> list[PlannedMove]:

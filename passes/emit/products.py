@@ -16,7 +16,7 @@ from torch import fx
 
 from autotp.late import addmm_late, late, linear_late, mm_late
 from autotp.passes.emit.emitter import Emitter, Key
-from autotp.passes.emit.moving import fetch
+from autotp.passes.emit.moving import fetch, needed
 from autotp.passes.network import Op
 from autotp.passes.overlap import late_roles
 from autotp.passes.products import roles
@@ -37,16 +37,13 @@ def fetch_operands(e: Emitter, op: Op, decision: Decision) -> tuple[list[fx.Node
     reads = list(zip(op.operands, decision.operands, strict=True))
     found = late_roles(op, e.network, e.program.params, e.plan.moves)
     end = _early_end(e, op, reads[found.x]) if found else None
-    if found is None or end is None:
+    if found is None or end is None or not _may_stand_before(e, reads[found.weight], end):
         return [fetch(e, v, layout) for v, layout in reads], None
     with e.graph.inserting_before(end):
         weight = fetch(e, *reads[found.weight])
-    operands = [fetch(e, v, layout) for v, layout in reads]
-    if not _stands_before(e, weight, end):
-        return operands, None
-    with e.graph.inserting_before(end):
         name = f"late_{weight.name}"
         made = e.graph.create_node("call_function", late, (weight,), name=name)
+    operands = [fetch(e, v, layout) for v, layout in reads]
     made.meta.update(layout=reads[found.weight][1], value=reads[found.weight][0])
     operands[found.weight] = made
     return operands, LATE[op.call.op]
@@ -62,8 +59,11 @@ def _early_end(e: Emitter, op: Op, x: Key) -> fx.Node | None:
     return end
 
 
-def _stands_before(e: Emitter, node: fx.Node, other: fx.Node) -> bool:
-    return next(n for n in e.graph.nodes if n is node or n is other) is node
+def _may_stand_before(e: Emitter, weight: Key, end: fx.Node) -> bool:
+    """Say whether all that a weight is made of stands before a node: its gather may begin later."""
+    found = {*needed(e, *weight)}
+    first = next(n for n in reversed(e.graph.nodes) if n is end or n in found)
+    return first is end
 
 
 def weight_of(node: fx.Node) -> fx.Node:

@@ -63,6 +63,13 @@ def test_random_layouts_and_random_again_compute_what_the_model_computes(name, s
     assert report.ok, report
 
 
+def test_a_weight_whose_gather_begins_after_its_activations_came_is_read_after_it():
+    subject = subject_of("llama")
+    plan = Plans(subject, as_grid((2, 2))).random(7, some_again(subject, 7))
+    report = compare(subject, plan)
+    assert report.ok, report
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("sizes", [(2, 2), (1, 4), (3, 1)], ids=str)
