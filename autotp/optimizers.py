@@ -132,22 +132,29 @@ def _set_aside(optimizer: Optimizer) -> None:
 def _may_fuse(group: dict[str, Any], optimizer: Optimizer) -> bool:
     """Say whether torch may step a group by one kernel: on a CPU, and where nobody chose another.
 
-    By itself torch takes ten ops per parameter there, each over all of its bytes.
+    By itself torch takes ten ops per parameter there, each over all of its bytes. The kernel goes
+    through memory, whatever the strides: all that it touches must be contiguous.
     """
     chosen = [group.get("fused", True), group.get("foreach"), group.get("capturable") or None]
     steps = [optimizer.state[p].get("step") for p in group["params"] if p in optimizer.state]
+    touched = [t for p in group["params"] for t in _parts(p, optimizer.state.get(p))]
     return (
         all(choice is None for choice in chosen)
         and all(p.device.type == "cpu" and p.is_floating_point() for p in group["params"])
         and all(isinstance(n, Tensor) and n.dtype is torch.float32 for n in steps)
+        and all(local_part(t).is_contiguous() for t in touched)
     )
 
 
 def _rests(p: Tensor, state: dict[str, Any] | None) -> bool:
     """Say whether a parameter, its gradient and its state rest alike."""
+    return all(rests_like(t, p) for t in _parts(p, state))
+
+
+def _parts(p: Tensor, state: dict[str, Any] | None) -> list[Tensor]:
+    """Return a parameter, its gradient and the states that are DTensors."""
     parts = [p, *([] if p.grad is None else [p.grad])]
-    parts += [v for v in (state or {}).values() if isinstance(v, DTensor)]
-    return all(rests_like(t, p) for t in parts)
+    return parts + [v for v in (state or {}).values() if isinstance(v, DTensor)]
 
 
 def _local(p: Tensor, optimizer: Optimizer, aside: _Aside) -> Tensor:

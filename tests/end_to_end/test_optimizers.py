@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 import autotp
 from autotp import optimizers, schemes
 from autotp.optimizers import ELEMENTWISE
+from autotp.placements import as_part_of
 from tests.end_to_end.on_ranks import on_ranks
 from tests.models import build
 
@@ -161,3 +162,23 @@ def test_the_fused_kernel_is_taken_where_the_choice_was_left(grid):
         assert inside == [expected] * 2
         assert optimizer.param_groups[0]["fused"] == options.get("fused")
     assert optimizers._Aside not in map(type, vars(optimizer).values())
+
+
+@on_ranks((2, 2))
+def test_what_does_not_lie_flat_in_memory_is_stepped_as_it_is_read(grid):
+    """Torch's fused kernel goes through memory, not through dims, where strides differ."""
+    model, inputs = parallel(grid)
+    start = copy.deepcopy(model.state_dict())
+    ends = []
+    for is_transposed in (False, True):
+        model.load_state_dict(start)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+        stepped(model, inputs, optimizer, 1)
+        for p in model.parameters():
+            local = p.grad.to_local()
+            if is_transposed and local.ndim == 2:
+                p.grad = as_part_of(local.t().contiguous().t(), p)
+        optimizer.step()
+        ends.append(copy.deepcopy(model.state_dict()))
+    for name, value in ends[0].items():
+        assert_alike(ends[1][name], value)
