@@ -6,6 +6,7 @@ finds RANK, WORLD_SIZE and MASTER_* in its environment; who needs a process grou
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import sys
 import tempfile
@@ -26,7 +27,8 @@ def launch(function: Callable[..., T], ranks: int, *args: Any) -> list[T]:
     """Return what `function(*args)` returned on each of `ranks` new processes, in rank order.
 
     `function` must be importable by name, and its result one that `torch.save` can write. A rank
-    that raises stops the others, and its traceback is raised here.
+    that raises stops the others, and its traceback is raised here; one that a signal ends prints
+    where its threads stood.
     """
     store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory() as folder:
@@ -48,6 +50,7 @@ def _run_rank(
 ) -> None:
     os.environ.update(rank_environment(rank, ranks, port))
     torch.set_num_threads(1)  # ranks share the machine's cores
+    faulthandler.enable()
     try:
         torch.save(function(*args), _result(folder, rank))
     finally:
