@@ -9,8 +9,8 @@ small beside its bytes (`Moves.full_bytes`). What is summed of parameters as the
 waited for before backward ends.
 
 Which moves share, and what they run beside, is not known while the search runs. It takes each for a
-call of its own, and is then asked once more with each at the least that it may take
-(`sharing.best_s`), so that the cost it finds is a lower bound of every plan.
+call of its own, is then asked with each at the least that it may take (`sharing.best_s`), so that
+the cost it finds is a lower bound of every plan, and at last with what plans turn out to pay.
 """
 
 from __future__ import annotations

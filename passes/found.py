@@ -2,8 +2,8 @@
 
 The search counts neither what several layouts of one value hold together, nor which moves share a
 call, nor what they run beside. So each solution is read as a plan, which does: `scheduled` asks
-once more with each move at the least that it may take, then with each hidden as in the faster plan,
-and returns the fastest; `solve_within` asks for less memory until the plan fits.
+once more with each move at the least that it may take, then with what moves pay in the plans found
+so far, and returns the fastest; `solve_within` asks for less memory until the plan fits.
 
 A plan fits by layouts that need less, and by making again in backward what is over the limit
 (`passes.again`). Layouts are searched at several budgets between the limit, where all is kept, and
@@ -14,7 +14,9 @@ chosen one after the other is what the gap states: the bound is the cost of the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import reduce
 
 import numpy as np
 
@@ -28,6 +30,9 @@ from autotp.plan import Memory, Plan
 
 ROUNDS = 10
 """How often a smaller plan is asked for, where none is small enough."""
+
+SEARCHES = 3
+"""How often layouts are searched at what moves take in the plans found so far, if that is new."""
 
 SHARES = (0.75, 0.5, 0.25)
 """Of what the cheapest layouts need beyond the limit, what is left for backward to make again."""
@@ -72,13 +77,38 @@ def scheduled(apart: Found, search: Callable[[Model], Found], quick: bool) -> Fo
     model = apart.model.best()
     try:
         other = search(model)
-        best, tried = _faster(apart, other), [apart, other]
-        if any(b.hidden_s for b in best.plan.buckets):
-            tried.append(search(apart.model.like(best.plan)))
-            best = _faster(best, tried[-1])
     except BudgetError:
         return apart.bounded(solve(model.problem).lower_bound_s)
+    tried = [apart, other]
+    for model in _as_paid(tried):
+        with suppress(BudgetError):
+            found = search(model)
+            if found.solution.choice not in [f.solution.choice for f in tried]:
+                tried.append(found)
+    best = _fastest(tried)
     return best.bounded(other.solution.lower_bound_s, sum(f.solution.seconds for f in tried))
+
+
+def _as_paid(tried: Sequence[Found]) -> Iterator[Model]:
+    """Yield models whose moves take what they turn out to take in plans; `tried` grows meanwhile.
+
+    What all plans pay, and what the fastest pays, as long as that is new; then with each kind of
+    shared calls as though it shared none. Moves of one kind make one another cheap, and a plan with
+    few of a kind does not show how cheap many would be.
+    """
+    model, known = tried[0].model, 0
+    if not any(f.plan.buckets for f in tried):
+        return
+    for _ in range(SEARCHES):
+        if known < (known := len(tried)):
+            yield model.like([f.plan for f in tried])
+            yield model.like([_fastest(tried).plan])
+    for kind in dict.fromkeys((b.forward, b.backward) for f in tried for b in f.plan.buckets):
+        yield model.like([f.plan for f in tried], apart=kind)
+
+
+def _fastest(tried: Sequence[Found]) -> Found:
+    return reduce(_faster, tried)
 
 
 def _faster(first: Found, second: Found) -> Found:

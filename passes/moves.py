@@ -31,7 +31,7 @@ from autotp.layouts import (
     largest_shape,
     move_of,
 )
-from autotp.passes.sharing import Best, best_s
+from autotp.passes.sharing import Best, Seen, best_s
 from autotp.passes.spaces import AxisTypes, Space, elements, legal, picks_of, space
 
 FULL = 3
@@ -73,7 +73,8 @@ class Column:
         return self.distinct[self.which[choice]]
 
 
-Hidden = Mapping[tuple[str, str, str], float]
+Kind = tuple[str, str, str]
+"""What moves, a parameter or an activation, and the collectives forward and backward."""
 
 TIE = 1e-12
 """Share by which ways that cost the same may differ."""
@@ -117,14 +118,13 @@ Seconds = Callable[[str, int, int, Link, str], float]
 class Moves:
     """Price the moves of values on one grid of one cluster; tables are computed once per shape.
 
-    `shared_bytes` are those of all values that may share calls, `hidden` the shares of moves that
-    some plan hides, by what moves and by the collectives forward and backward.
+    `shared_bytes` are those of all values that may share calls, `seen` what plans pay of moves.
     """
 
     grid: Grid
     cluster: Cluster
     shared_bytes: int = 0
-    hidden: Hidden | None = None
+    seen: Mapping[Kind, Seen] | None = None
     _tables: dict[tuple[object, ...], MoveTable] = field(default_factory=dict)
     _columns: dict[tuple[tuple[Layout, ...], bytes], Column] = field(default_factory=dict)
     _prices: dict[tuple[str, int, int], float] = field(default_factory=dict)
@@ -133,9 +133,9 @@ class Moves:
     _elements: dict[tuple[Shape, Layout], int] = field(default_factory=dict)
     _between: dict[tuple[MoveTable, Column, Column], np.ndarray] = field(default_factory=dict)
 
-    def hiding(self, hidden: Hidden) -> Moves:
-        """Return these prices with moves hidden so much; nothing that was priced is kept."""
-        return Moves(self.grid, self.cluster, self.shared_bytes, hidden, _columns=self._columns)
+    def as_seen(self, seen: Mapping[Kind, Seen]) -> Moves:
+        """Return these prices with moves as some plan pays them; nothing priced is kept."""
+        return Moves(self.grid, self.cluster, self.shared_bytes, seen, _columns=self._columns)
 
     def column(self, layouts: Iterable[Layout]) -> Column:
         """Return the one column of these layouts."""

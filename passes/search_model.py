@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from autotp.layouts import Layout
-from autotp.passes.moves import Column, Moves, MoveTable
+from autotp.passes.moves import Column, Kind, Moves, MoveTable
 from autotp.passes.network import Value
 from autotp.passes.pricing import Table
 from autotp.passes.search.problem import Problem
-from autotp.passes.sharing import Best, best_s
+from autotp.passes.sharing import Best, Seen, best_s, may_share
 from autotp.passes.spaces import AxisTypes
 from autotp.plan import Plan, PlannedMove
 
@@ -63,27 +63,39 @@ class Model:
                 pairs[m.pair] = (*pairs[m.pair][:2], seconds)
         return replace(self, problem=replace(self.problem, pairs=tuple(pairs)), is_best=True)
 
-    def like(self, plan: Plan) -> Model:
-        """Return this model with moves hidden as much, kind by kind, as a plan hides them."""
-        taken: dict[tuple[str, str, str], float] = {}
-        hidden: dict[tuple[str, str, str], float] = {}
+    def like(self, plans: Sequence[Plan], apart: tuple[str, str] | None = None) -> Model:
+        """Return this model with moves shared and hidden as much, kind by kind, as in plans.
+
+        Each kind as in the plan that has most of it, and at its least where none has it; the
+        collectives `apart` of parameters as calls of their own, with nothing hidden.
+        """
+        most: dict[Kind, _Paid] = {}
+        for plan in plans:
+            for kind, paid in self._paid(plan).items():
+                if kind not in most or paid.apart_s > most[kind].apart_s:
+                    most[kind] = paid
+        seen = {kind: paid.seen for kind, paid in most.items()}
+        if apart is not None:
+            seen["parameter", *apart] = Seen()
+        return replace(self, moves=self.moves.as_seen(seen)).best()
+
+    def _paid(self, plan: Plan) -> dict[Kind, _Paid]:
+        out: dict[Kind, _Paid] = {}
         for m in plan.moves:
             key = (self._what(m.value), m.forward, m.backward)
-            taken_s = self._apart_s(m)
-            taken[key] = taken.get(key, 0.0) + taken_s
-            hidden[key] = hidden.get(key, 0.0) + max(0.0, taken_s - m.seconds)
+            out.setdefault(key, _Paid()).add(m, *self._ends_s(m))
         for b in plan.buckets:
             key = (self._what(plan.moves[b.moves[0]].value), b.forward, b.backward)
-            hidden[key] = hidden.get(key, 0.0) + b.hidden_s
-        shares = {key: s / taken[key] for key, s in hidden.items() if taken[key]}
-        return replace(self, moves=self.moves.hiding(shares)).best()
+            out[key].hidden_s += b.hidden_s
+        return out
 
-    def _apart_s(self, m: PlannedMove) -> float:
-        """Return what a move takes as a call, also where a product makes it."""
-        if not m.schedule:
-            return m.seconds
-        kinds = (m.forward, m.backward)
-        return self.moves.kinds_s(kinds, m.size_bytes, self.moves.grid.axis(m.axis))
+    def _ends_s(self, m: PlannedMove) -> tuple[float, float]:
+        """Return what a move takes by calls of its own, and as its part of full ones."""
+        kinds, axis = _kinds(m), self.moves.grid.axis(m.axis)
+        apart_s = self.moves.kinds_s(kinds, m.size_bytes, axis)
+        if m.value not in self.params or not may_share(m.forward, m.backward, m.again):
+            return apart_s, apart_s
+        return apart_s, sum(self.moves.share_s(kind, m.size_bytes, axis) for kind in kinds)
 
     def _what(self, value: str) -> str:
         return "parameter" if value in self.params else "activation"
@@ -93,8 +105,7 @@ class Model:
         best = self._best(value) if self.is_best else None
         if best is None:
             return m.seconds
-        kinds = [m.forward] * (1 + m.again) + [m.backward]
-        return best_s(self.moves, kinds, m.size_bytes, self.moves.grid.axis(m.axis), best)
+        return best_s(self.moves, _kinds(m), m.size_bytes, self.moves.grid.axis(m.axis), best)
 
     def _best(self, value: Value) -> Best | None:
         """Return as what a value's moves may take less than calls of their own, if they may."""
@@ -106,3 +117,32 @@ class Model:
 
     def _table(self, v: Value, again: bool = False, best: Best | None = None) -> MoveTable:
         return self.moves.table(v.shape, v.dtype, v.grad, self.types[v.name], again, best)
+
+
+def _kinds(m: PlannedMove) -> list[str]:
+    return [m.forward] * (1 + m.again) + [m.backward]
+
+
+@dataclass(slots=True)
+class _Paid:
+    """What the moves of one kind take in a plan: apart, as parts of full calls, called, hidden."""
+
+    apart_s: float = 0.0
+    least_s: float = 0.0
+    called_s: float = 0.0
+    hidden_s: float = 0.0
+
+    def add(self, m: PlannedMove, apart_s: float, least_s: float) -> None:
+        """Add a move; what a product makes of it beside itself counts as hidden."""
+        self.apart_s += apart_s
+        self.least_s += least_s
+        self.called_s += apart_s if m.schedule else m.seconds
+        self.hidden_s += max(0.0, apart_s - m.seconds) if m.schedule else 0.0
+
+    @property
+    def seen(self) -> Seen:
+        """The shares that are paid, and hidden."""
+        beyond_s = self.apart_s - self.least_s
+        calls = (self.called_s - self.least_s) / beyond_s if beyond_s > 0 else 1.0
+        hidden = self.hidden_s / self.called_s if self.called_s > 0 else 0.0
+        return Seen(min(1.0, max(0.0, calls)), min(1.0, hidden))

@@ -23,11 +23,22 @@ class Best(NamedTuple):
     within: frozenset[str] = frozenset()
 
 
+class Seen(NamedTuple):
+    """What some plan pays of moves that are alike.
+
+    calls    the share of what calls of their own take beyond their parts of full ones
+    hidden   the share of their seconds that is hidden
+    """
+
+    calls: float = 1.0
+    hidden: float = 0.0
+
+
 def best_s(moves: Moves, kinds: Sequence[str], size_bytes: int, axis: int, best: Best) -> float:
     """Return the least that these collectives may take: shared, hidden, or in a ring.
 
-    With `moves.hidden`, what they take where they are hidden as much as in some plan. A ring hides
-    no more of each message than of a collective (`passes.product_prices`).
+    With `moves.seen`, what they take where they share and are hidden as much as in some plan. A
+    ring hides no more of each message than of a collective (`passes.product_prices`).
     """
     forward, backward, again = kinds[0], kinds[-1], len(kinds) > 2
     is_shared = best.what == "parameter" and may_share(forward, backward, again)
@@ -35,9 +46,9 @@ def best_s(moves: Moves, kinds: Sequence[str], size_bytes: int, axis: int, best:
     seconds = sum(price(kind, size_bytes, axis) for kind in kinds)
     is_ring = forward in best.within and (forward, backward) in RINGS and not again
     may_save = is_shared or may_hide(forward, backward, again)
-    if moves.hidden is not None:
-        share = moves.hidden.get((best.what, forward, backward), 0.0)
-        return seconds * (1 - share) if may_save or is_ring else seconds
+    if moves.seen and (seen := moves.seen.get((best.what, forward, backward))):
+        seconds += seen.calls * (moves.kinds_s(kinds, size_bytes, axis) - seconds)
+        return seconds * (1 - seen.hidden) if may_save or is_ring else seconds
     shown = 1 - moves.cluster.overlap
     apart_s = seconds * shown if may_save else seconds
     if not is_ring:

@@ -1,6 +1,7 @@
 """Every published scheme is a set of pins: the same compiler emits it, and it computes the same."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from autotp import schemes
 from autotp.cost_model.cluster import bandwidth_bound, by_name
 from autotp.errors import PinError
 from autotp.grid import as_grid
+from autotp.passes import found
 from autotp.passes.capture.model import capture
 from autotp.passes.emit.verify import verify
 from autotp.passes.factors import infer_factors
@@ -158,3 +160,15 @@ def test_no_scheme_that_fits_is_cheaper_than_the_plan(grid, shape, cluster):
     for scheme in schemes.SCHEMES:
         pinned = layers(*shape).plan(grid, cluster, scheme)
         assert free.step_time_s <= pinned.step_time_s * (1 + 1e-9), scheme
+
+
+@pytest.mark.parametrize("overlap", [0.0, 0.36])
+def test_what_plans_pay_leads_to_a_faster_one(overlap, monkeypatch):
+    """Shared calls are cheap together: neither calls apart nor the least says how cheap."""
+    cluster = replace(bandwidth_bound(1e9, latency_s=1e-3, flops_per_s=4e10), overlap=overlap)
+    case = layers(8, 128, 512)
+    best = case.plan((2, 2), cluster)
+    monkeypatch.setattr(found, "_as_paid", lambda tried: [])
+    first = case.plan((2, 2), cluster)
+    assert best.step_time_s < 0.995 * first.step_time_s
+    assert best.lower_bound_s == first.lower_bound_s
