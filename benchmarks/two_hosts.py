@@ -68,11 +68,19 @@ def join(other_host: int) -> None:
     dist.init_process_group("gloo")
 
 
+def measured(seconds: float) -> Cluster:
+    """Return the two hosts as they are; every rank calls it.
+
+    Each counts all cores as its own, and has to share them with the other.
+    """
+    found = measure(replace(QUICK, seconds=seconds), torch.device("cpu"))
+    return fit(replace(found, cores=found.cores * PER_HOST / RANKS), "two_hosts")
+
+
 def work(other_host: int, shape: str, rounds: int, seconds: float) -> tuple[list[Row], Cluster]:
     """Plan and run every mapping in turn; every rank calls it."""
     join(other_host)
-    found = measure(replace(QUICK, seconds=seconds), torch.device("cpu"))
-    cluster = fit(found, "two_hosts")
+    cluster = measured(seconds)
     rows: list[Row] = []
     steps: list[Step] = []
     for name in (PICK, *MAPPINGS):

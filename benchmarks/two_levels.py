@@ -24,16 +24,14 @@ import torch
 from gauges import spend
 from links import WIRE, sent_bytes
 from shapes import SHAPES
-from two_hosts import PER_HOST, RANKS, join, over_two_hosts, write
+from two_hosts import PER_HOST, RANKS, join, measured, over_two_hosts, write
 from variants import training_step
 
 import autotp
-from autotp.cost_model.calibration import fit
 from autotp.cost_model.cluster import Cluster
 from autotp.cost_model.collectives import ROUNDS, level_bytes
 from autotp.cost_model.levels import STAGES, members_of, nodes_of
 from autotp.dist_axis import dist_axes
-from autotp.measure import QUICK, measure
 from autotp.ranks import make_mesh
 from autotp.schemes import scheme_pins
 
@@ -62,8 +60,7 @@ class Row:
 def work(other_host: int, shape: str, rounds: int, seconds: float) -> list[Row]:
     """Run every row in turn, round after round, the first to warm up; every rank calls it."""
     join(other_host)
-    found = measure(replace(QUICK, seconds=seconds), torch.device("cpu"))
-    cluster = fit(found, "two_hosts")
+    cluster = measured(seconds)
     runs = [*_collectives(cluster), *_steps(shape, cluster)]
     for number in range(rounds + 1):
         for row, run in runs:
