@@ -24,13 +24,23 @@ from torch import Tensor
 Product = Callable[..., Tensor]
 
 
+class Gradient:
+    """What computes the gradient of a weight, once backward of its product has come by."""
+
+    make: Callable[[], Tensor] | None = None
+
+
 class Late:
-    """A weight, as it was and as its product reads it, and what then computes its gradient."""
+    """A weight, as it was and as its product reads it, and its gradient.
+
+    The graph holds the gradient only: what it holds must not hold what it makes, for both would
+    stay in memory until Python looks for such rings.
+    """
 
     def __init__(self, weight: Tensor) -> None:
-        self.make: Callable[[], Tensor] | None = None
+        self.gradient = Gradient()
         self.original = weight
-        self.weight: Tensor = _Late.apply(self, weight)  # type: ignore[no-untyped-call]
+        self.weight: Tensor = _Late.apply(self.gradient, weight)  # type: ignore[no-untyped-call]
 
 
 def late(weight: Tensor) -> Late | Tensor:
@@ -83,14 +93,14 @@ class _Late(torch.autograd.Function):
     """Hand a weight on; compute its gradient."""
 
     @staticmethod
-    def forward(ctx: Any, holder: Late, weight: Tensor) -> Tensor:
-        ctx.holder = holder
+    def forward(ctx: Any, gradient: Gradient, weight: Tensor) -> Tensor:
+        ctx.gradient = gradient
         ctx.set_materialize_grads(False)
         return weight
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[None, Tensor | None]:
-        make, ctx.holder.make = ctx.holder.make, None
+        make, ctx.gradient.make = ctx.gradient.make, None
         return None, make() if make else grad
 
 
@@ -108,7 +118,7 @@ class _Product(torch.autograd.Function):
         bias: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(x, holder.original)  # so that second derivatives go around `_Late`
-        ctx.holder, ctx.transposed = holder, transposed
+        ctx.gradient, ctx.transposed = holder.gradient, transposed
         ctx.bias = None if bias is None else (bias.shape, bias.dtype)
         return product(x, weight, bias)
 
@@ -120,10 +130,11 @@ class _Product(torch.autograd.Function):
         along = (grad @ (cast if ctx.transposed else cast.t())).to(x.dtype) if of_x else None
         made = _weight_gradient(grad, x, weight, ctx.transposed)
         deferred: Tensor | None = None
-        if of_weight and torch.is_grad_enabled():  # to be differentiated again
-            deferred = made()
+        ctx.gradient.make = None  # one of a backward that did not come to the weight
+        if of_weight and (torch.is_grad_enabled() or torch.is_anomaly_enabled()):
+            deferred = made()  # to be differentiated again, or looked at
         elif of_weight:
-            ctx.holder.make, deferred = made, weight.new_full((), torch.nan).expand_as(weight)
+            ctx.gradient.make, deferred = made, weight.new_full((), torch.nan).expand_as(weight)
         summed = None
         if of_bias:
             shape, dtype = ctx.bias

@@ -100,7 +100,13 @@ def _as_autocast(
     if not torch.is_autocast_enabled(device):
         return x, weight, bias
     dtype = torch.get_autocast_dtype(device)
-    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return _cast(x, dtype), _cast(weight, dtype), None if bias is None else _cast(bias, dtype)
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast as autocast does, which leaves doubles as they are."""
+    is_cast = x.is_floating_point() and x.dtype is not torch.float64
+    return x.to(dtype) if is_cast else x
 
 
 # The product and its dims ------------------------------------------------------------------------

@@ -1,5 +1,8 @@
 """Products whose weight gradient is late: what they make, forward and backward, is torch's own."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -87,3 +90,40 @@ def test_backward_may_run_twice():
     out = linear_late(x, late(weight)).sum()
     first = torch.autograd.grad(out, [x, weight], retain_graph=True)
     torch.testing.assert_close(torch.autograd.grad(out, [x, weight]), first)
+
+
+def test_a_backward_that_did_not_come_to_the_weight_leaves_it_no_gradient():
+    def slope(product, weight_as):
+        x, weight = tensor(3, 4), tensor(5, 4)
+        out = product(x, weight_as(weight))
+        torch.autograd.grad(out.sum(), x, retain_graph=True)
+        (grad,) = torch.autograd.grad((out**3).sum(), weight, create_graph=True)
+        return grad, *torch.autograd.grad(grad.sum(), [x, weight])
+
+    theirs = slope(aten.linear, lambda weight: weight)
+    torch.testing.assert_close(slope(linear_late, late), theirs)
+
+
+def test_anomaly_detection_finds_nothing_in_a_gradient_that_is_late():
+    x, weight = tensor(3, 4), tensor(5, 4)
+    out = linear_late(x, late(weight)).sum()
+    with pytest.warns(UserWarning, match="Anomaly"), torch.autograd.detect_anomaly():
+        out.backward()
+    torch.testing.assert_close(weight.grad, x.detach().sum(0).expand(5, 4))
+
+
+@pytest.mark.parametrize("goes_back", [True, False])
+def test_a_step_leaves_nothing_in_memory(goes_back):
+    """What a product read goes with the last that names it: Python's search for garbage is off."""
+    gc.collect()
+    gc.disable()
+    try:
+        x, weight = tensor(3, 4), tensor(5, 4) * 2
+        read = weakref.ref(weight.untyped_storage()), weakref.ref(x)
+        out = linear_late(x, late(weight)).sum()
+        if goes_back:
+            out.backward()
+        del x, weight, out
+        assert [ref() for ref in read] == [None, None]
+    finally:
+        gc.enable()

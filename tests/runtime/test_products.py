@@ -127,6 +127,20 @@ def test_a_gradient_may_be_differentiated_again(by, moved):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_autocast_casts_what_it_casts_of_any_product(dtype):
+    def made(rank, axes):
+        x, weight = torch.ones(4, 4, dtype=dtype), torch.ones(4, 4, dtype=dtype)
+        for bias in (None, torch.ones(4, dtype=dtype)):
+            with torch.autocast("cpu", torch.bfloat16):
+                plain = torch.nn.functional.linear(x, weight, bias)
+                given = axes["col"], 0, "ring", bias
+                out = gather_matmul(x, weight, *given), matmul_scatter(x, weight, *given)
+            assert [y.dtype for y in out] == [plain.dtype] * 2
+
+    run_ranks(Grid(("col",), (2,)), made)
+
+
 @pytest.mark.parametrize("length", [1, 2, 6, 7, 12, 16, 25])
 def test_panels_divide_a_chunk(length):
     assert length % panels_of(length) == 0 and panels_of(length) <= 4
