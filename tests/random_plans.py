@@ -1,7 +1,9 @@
 """Random legal plans: every op, copy and parameter takes a choice at random among those that meet.
 
 So does every collective among its algorithms. The optimum visits few of the strategies and moves
-that the compiler may emit; these visit them all.
+that the compiler may emit; these visit them all. Their moves are scheduled for a cluster that hides
+nothing, or half; those of `Plans.hiding` and `Plans.found` for random clusters, whose plans begin
+moves early, make rings, run over two levels, and make again what a budget leaves no room for.
 """
 
 import random
@@ -10,11 +12,11 @@ from unittest import mock
 
 import numpy as np
 
-from autotp.cost_model.cluster import bandwidth_bound
+from autotp.cost_model.cluster import Link, bandwidth_bound
 from autotp.cost_model.collectives import algorithms
 from autotp.passes import strategies
 from autotp.passes.moves import Moves
-from autotp.passes.planning import read_plan
+from autotp.passes.planning import read_plan, search_plan
 from autotp.passes.products import ONCE
 from autotp.passes.search.solve import Solution, solve
 from autotp.passes.strategies import build_model
@@ -37,6 +39,23 @@ class DetourMoves(AnyAlgorithm):
         return random.Random(f"{layout} {axis} {after}").uniform(0.1, 1)
 
 
+def any_cluster(seed):
+    """Return a cluster that hides a part of what it sends: slow links or fast, small nodes."""
+    rng = random.Random(seed)
+    link = Link(rng.choice((0.0, 1e-7, 2e-6)), rng.choice((1e8, 1e9, 1e10)))
+    slower = rng.choice((1, 4, 20))
+    inter = Link(link.latency_s * slower, link.bandwidth_bytes_per_s / slower)
+    return replace(
+        bandwidth_bound(flops_per_s=rng.choice((1e8, 1e9, 1e10))),
+        intra=link,
+        inter=inter,
+        ranks_per_node=rng.choice((2, 2, 4, 64)),
+        overlap=rng.uniform(0.3, 0.95),
+        op_overhead_s=rng.choice((0.0, 1e-9)),
+        memory_bandwidth_bytes_per_s=rng.choice((1e10, 1e12)),
+    )
+
+
 class Plans:
     """The plans of a prepared model on one grid: random ones by seed, the best, or a given one."""
 
@@ -54,6 +73,35 @@ class Plans:
         wanted = any_schedule if seed % 3 == 2 else None
         return self.of(choice, seed % 2 / 2, backward, wanted)
 
+    def hiding(self, seed):
+        """Return a legal plan for a random cluster: random layouts, moves by price or as drawn."""
+        rng = random.Random(f"hiding {seed}")
+        choice = random_choice(self.model.problem, rng)
+        wanted = any_schedule if rng.random() < 0.3 else None
+        backward = {f"{n[:-1]}?": "again" for n in self._names() if rng.random() < 0.3}
+        moves = self.model.moves
+        moves = type(moves)(self.grid, any_cluster(seed), moves.shared_bytes)
+        given = choice, moves, backward if rng.random() < 0.4 else None, wanted
+        plan = self._read(*given)
+        if rng.random() < 0.4:
+            plan = self._read(*given, limit=plan.memory.total * rng.uniform(0.6, 1))
+        return plan
+
+    def found(self, seed):
+        """Return the plan that the search finds for a random cluster, of an odd seed in a budget.
+
+        Raises BudgetError where it finds none in that.
+        """
+        cluster = any_cluster(seed)
+        plan = search_plan(*self._parts, self.grid, cluster).plan
+        if seed % 2:
+            share = random.Random(seed).uniform(0.6, 1)
+            less = replace(cluster, memory_bytes=int(plan.memory.total * share))
+            plan = search_plan(*self._parts, self.grid, less).plan
+            assert plan.memory.total <= less.memory_bytes, f"over its budget: {plan.memory}"
+        assert plan.lower_bound_s <= plan.step_time_s * (1 + 1e-9), "faster than its bound"
+        return plan
+
     def best(self):
         """Return the cheapest plan."""
         return self.of(solve(self.model.problem).choice)
@@ -61,16 +109,23 @@ class Plans:
     def of(self, choice, overlap=0.0, backward=None, wanted=None):
         """Return the plan in which every variable takes the numbered choice."""
         moves = replace(self.model.moves, cluster=replace(self.cluster, overlap=overlap))
+        return self._read(choice, moves, backward, wanted)
+
+    def _read(self, choice, moves, backward, wanted, limit=float("inf")):
         model = replace(self.model, moves=moves)
         cost = self.model.problem.seconds(choice)
         solution = Solution(choice, cost, 0.0, 0.0, 0, "random", 0.0)
-        program, network, factors = (
-            self.subject.program,
-            self.subject.network,
-            self.subject.factors,
-        )
-        found = program, network, factors, model, solution
-        return read_plan(*found, self.grid, self.cluster, backward, wanted)
+        less = replace(moves.cluster, memory_bytes=limit)
+        return read_plan(*self._parts, model, solution, self.grid, less, backward, wanted)
+
+    @property
+    def _parts(self):
+        return self.subject.program, self.subject.network, self.subject.factors
+
+    def _names(self):
+        """Return what pins of backward may name."""
+        program, network, _ = self._parts
+        return [*(program.names[op.name] for op in network.ops), *program.params.values()]
 
 
 def any_schedule(name, axis, legal):

@@ -1,9 +1,13 @@
 """Random programs on random grids, under random legal plans and the best one, beside the original.
 
     python -m tests.fuzz.programs --count 2000 --seed 0
+    python -m tests.fuzz.programs --count 2000 --seed 0 --hiding
 
 A case is one plan of one program on one grid: its loss or outputs, all gradients and one SGD step
 must be the unsharded program's. What fails is made as small as it goes on failing, and printed.
+With --hiding plans are for clusters that hide a part of what they send; ranks then begin and end
+moves as real ones may, half of the steps add to gradients of a backward before, and what each
+schedule was met in is counted (`tests.fuzz.schedules`).
 """
 
 import argparse
@@ -13,17 +17,21 @@ import sys
 import time
 import warnings
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 
 from autotp.check import between, prepare, take_step, type_problems
-from autotp.errors import AutotpError
+from autotp.errors import AutotpError, BudgetError
 from autotp.grid import as_grid
 from tests.fuzz.grow import grow
+from tests.fuzz.schedules import awaited, bytes_problem, met, twice
 from tests.random_plans import Plans
 
 GRIDS = ((2,), (3,), (4,), (2, 2), (2, 2), (2, 3), (3, 2), (2, 4), (2, 1, 2), (2, 2, 2))
+IN_NODES = ((2,), (2,), (3,), (4,), (4,), (2, 2), (2, 2), (2, 2), (2, 3), (2, 4))
+"""Grids of plans that hide: some have an axis of two levels."""
 PLANS = 4
 """Random plans per program, beside the best one."""
 CLOSE = 1e-8
@@ -33,11 +41,20 @@ BEST = -1
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A program, a grid, and the seed of a plan or BEST."""
+    """A program, a grid, and the seed of a plan or BEST; `way` is the method of Plans."""
 
     program: object
     grid: tuple
     seed: int
+    way: str = "random"
+
+    @property
+    def call(self):
+        """The plan, as it is asked for."""
+        return "best()" if self.seed == BEST else f"{self.way}({self.seed})"
+
+    def plan(self, plans):
+        return plans.best() if self.seed == BEST else getattr(plans, self.way)(self.seed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +68,14 @@ class Failure:
 
     def __str__(self):
         c = self.case
-        way = "best()" if c.seed == BEST else f"random({c.seed})"
         return "\n".join(
             [
                 f"{self.kind}: {self.fact}",
                 "",
                 str(c.program),
                 "",
-                f"plan = Plans(prepare(model, (), inputs), as_grid({c.grid}), detours=True).{way}",
+                f"plans = Plans(prepare(model, (), inputs), as_grid({c.grid}), detours=True)",
+                f"plan = plans.{c.call}",
                 self.plan,
             ]
         )
@@ -72,8 +89,20 @@ def cases_of(seed):
         yield Case(program, grid, plan)
 
 
-def failure_of(cases):
-    """Return the first failure of cases that share a program and a grid, and how many ran."""
+def hiding_cases_of(seed):
+    """Yield the cases of one seed whose clusters hide: of layouts at random, and of those found."""
+    program, grid = grow(seed), random.Random(seed).choice(IN_NODES)
+    for k in range(PLANS):
+        yield Case(program, grid, PLANS * seed + k, "hiding")
+    for k in range(2):
+        yield Case(program, grid, 2 * seed + k, "found")
+
+
+def failure_of(cases, seen=None):
+    """Return the first failure of cases that share a program and a grid, and how many ran.
+
+    The schedules that their plans have are counted in `seen`.
+    """
     count = 0
     first, *_ = cases
     try:
@@ -93,26 +122,35 @@ def failure_of(cases):
     plans = Plans(subject, as_grid(first.grid), detours=True)
     for case in cases:
         count += 1
-        found = plan_failure(subject, plans, case)
+        found = plan_failure(subject, plans, case, seen)
         if found:
             return found, count, ""
     return None, count, ""
 
 
-def plan_failure(subject, plans, case):
+def plan_failure(subject, plans, case, seen=None):
     """Return what is wrong with one plan of a prepared program, or None."""
     plan = None
+    hides = case.way != "random"
     try:
-        plan = plans.best() if case.seed == BEST else plans.random(case.seed)
-        run = take_step(subject, plan)
+        plan = case.plan(plans)
+        with awaited() if hides else nullcontext():
+            again = hides and case.seed % 4 > 1
+            run = twice(subject, plan) if again else take_step(subject, plan)
         problems = type_problems(subject, plan, run)
+    except BudgetError:  # a refusal is no failure
+        return None
     except Exception as error:
         return Failure(case, "raised", said(error), str(plan))
     if problems:
         return Failure(case, "types", problems[0], str(plan))
+    if hides and not again and (problem := bytes_problem(plan, run)):
+        return Failure(case, "bytes", problem, str(plan))
+    if seen is not None:
+        seen.update(met(plan))
     for d in between(subject, plan, run):
         off = replace(d, jitter=subject.jitter[d.kind, d.name]).relative(subject.tolerance)
-        if off > CLOSE:
+        if off > CLOSE and not (again and d.kind == "parameter"):
             return Failure(case, "differs", f"{d.kind} {d.name} by {off:.1e}", str(plan))
     return None
 
@@ -154,7 +192,9 @@ def fails_alike(failure, program, grid, tries):
     """Return the failure of a smaller case under some plan, if it is of the same kind."""
     if failure.kind == "capture":  # no grid and no plan has a part in it
         grid, tries = (1,), 0
-    cases = [Case(program, grid, seed) for seed in (BEST, *range(tries))]
+    cases = [replace(failure.case, program=program, grid=grid)]
+    if failure.case.way == "random":
+        cases = [Case(program, grid, seed) for seed in (BEST, *range(tries))]
     try:
         found, _, _ = failure_of(cases)
     except Exception:  # no program any more
@@ -186,7 +226,7 @@ def reductions(case):
 # All ---------------------------------------------------------------------------------------------
 
 
-def run(seeds, until=float("inf")):
+def run(seeds, until=float("inf"), cases_of=cases_of):
     """Run the cases of these seeds; return the failures, and counts of what was done."""
     counts, failures = Counter(), []
     with warnings.catch_warnings():
@@ -194,7 +234,7 @@ def run(seeds, until=float("inf")):
         for seed in seeds:
             if time.monotonic() > until:
                 break
-            found, count, refused = failure_of(list(cases_of(seed)))
+            found, count, refused = failure_of(list(cases_of(seed)), counts)
             counts.update(programs=1, cases=count)
             counts.update({f"refused: {refused}": 1} if refused else {})
             if found:
@@ -207,11 +247,13 @@ def main():
     parser.add_argument("--count", type=int, default=2000, help="programs")
     parser.add_argument("--seed", type=int, default=0, help="the first program's seed")
     parser.add_argument("--keep-going", action="store_true", help="do not stop at a failure")
+    parser.add_argument("--hiding", action="store_true", help="for clusters that hide messages")
     options = parser.parse_args()
     torch.set_num_threads(1)
     totals, failed = Counter(), 0
+    cases = hiding_cases_of if options.hiding else cases_of
     for seed in range(options.seed, options.seed + options.count):
-        failures, counts = run([seed])
+        failures, counts = run([seed], cases_of=cases)
         totals += counts
         for _, failure in failures:
             failed += 1

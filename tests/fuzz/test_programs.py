@@ -1,12 +1,18 @@
 """A sample of the random programs; `python -m tests.fuzz.programs` runs as many as asked."""
 
+from contextlib import nullcontext
+
 import pytest
+import torch
 
 from autotp import simulate
+from autotp.axis import run_ranks
+from autotp.grid import as_grid
 from tests.fuzz.grow import Growth, grow
 from tests.fuzz.ops import FAMILIES, Skip
 from tests.fuzz.program import Line, Program
-from tests.fuzz.programs import BEST, Case, failure_of, run, shrink
+from tests.fuzz.programs import BEST, Case, failure_of, hiding_cases_of, run, shrink
+from tests.fuzz.schedules import KINDS, awaited
 
 
 @pytest.mark.parametrize("seed", range(0, 40, 10))
@@ -21,6 +27,51 @@ def test_random_programs_under_random_plans(seed):
 def test_many_random_programs_under_random_plans(seed):
     failures, _ = run(range(seed, seed + 100))
     assert not failures, f"seed {failures[0][0]}\n{shrink(failures[0][1])}"
+
+
+WITH_ALL = (111, 115, 136, 137, 141, 146)
+"""Seeds whose plans have every kind of schedule."""
+
+
+def test_every_kind_of_schedule_computes_what_the_program_does():
+    failures, counts = run(WITH_ALL, cases_of=hiding_cases_of)
+    assert not failures, f"seed {failures[0][0]}\n{failures[0][1]}"
+    assert [kind for kind in KINDS if not counts[kind]] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1000, 1200, 20))
+def test_many_random_programs_for_clusters_that_hide(seed):
+    failures, _ = run(range(seed, seed + 20), cases_of=hiding_cases_of)
+    assert not failures, f"seed {failures[0][0]}\n{shrink(failures[0][1])}"
+
+
+def step(axis, changes_what_is_sent=False, waits=True):
+    x = torch.ones(2)
+    finish = axis.begin("all_reduce", x.clone()), axis.begin("all_gather", x)
+    if changes_what_is_sent:
+        x.add_(1)
+    return [f() for f in finish] if waits else finish
+
+
+@pytest.mark.parametrize("wrong", [{}, {"changes_what_is_sent": True}, {"waits": False}], ids=str)
+def test_ranks_must_await_what_they_began_and_leave_it_alone(wrong):
+    with (
+        pytest.raises(AssertionError, match=r"sent|awaited") if wrong else nullcontext(),
+        awaited(),
+    ):
+        run_ranks(as_grid((2,)), lambda rank, axes: step(*axes.values(), **wrong))
+
+
+def test_what_an_all_reduce_began_with_is_used_up():
+    def begun(rank, axes):
+        x = torch.ones(2)
+        (axis,) = axes.values()
+        summed = axis.begin("all_reduce", x)()
+        assert x.isnan().all() and summed.tolist() == [2, 2]
+
+    with awaited():
+        run_ranks(as_grid((2,)), begun)
 
 
 def test_a_seed_is_a_program():
