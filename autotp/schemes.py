@@ -254,8 +254,10 @@ def _rest(
     anatomy: Anatomy,
     grid: Grid,
 ) -> dict[str, str]:
-    """Return the pins of a parameter's resting layout; none where its readers disagree."""
+    """Return the pins of a parameter's resting layout; none where its readers disagree, or lack."""
     layouts = _resting(value, anatomy, grid)
+    if not layouts:
+        return {}
     split = [c for c in layouts if len([t for t in c if isinstance(t, Shard)]) == _most(layouts)]
     if how == "sharded":
         return _words(["S" if isinstance(t, Shard) else "I" for t in split[0]], grid)

@@ -172,3 +172,25 @@ def test_what_plans_pay_leads_to_a_faster_one(overlap, monkeypatch):
     first = case.plan((2, 2), cluster)
     assert best.step_time_s < 0.995 * first.step_time_s
     assert best.lower_bound_s == first.lower_bound_s
+
+
+class Idle(torch.nn.Module):
+    """Calls a layer whose result nobody reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.idle, self.b = (torch.nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x):
+        y = self.a(x)
+        self.idle(y)
+        return self.b(y.relu()).square().mean()
+
+
+@pytest.mark.parametrize("scheme", schemes.SCHEMES)
+def test_a_parameter_that_nobody_needs_is_left_alone(scheme):
+    cluster = replace(bandwidth_bound(1e9, latency_s=2e-7, flops_per_s=1e10), overlap=0.5)
+    model, x = Idle().double(), torch.randn(8, 16).double()
+    pins = schemes.scheme_pins(scheme, model, (2, 2), (x,))
+    report = autotp.check(model, (2, 2), (x,), cluster=cluster, pins=pins)
+    assert report.ok, report

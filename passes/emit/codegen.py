@@ -24,7 +24,7 @@ from autotp.passes.capture.regions import note_region
 from autotp.passes.capture.size_nodes import is_size
 from autotp.passes.emit.emitter import Emitter, attribute, node_name, note
 from autotp.passes.emit.fused import emit_product, move_within
-from autotp.passes.emit.moving import begin_before, enter_region, fetch
+from autotp.passes.emit.moving import begin_before, drop_unread, enter_region, fetch
 from autotp.passes.emit.products import fetch_operands
 from autotp.passes.emit.sites import CALLERS, Sites, unread
 from autotp.passes.network import Network, Op, is_getitem, is_tensor, output_args, value_name
@@ -70,6 +70,7 @@ def emit(
         if node.name in program.regions:
             note_region(e.graph, last, program.regions[node.name])
     _emit_output(e)
+    drop_unread(e)
     state = RandomState(exact=e.sites.exact)
     for name, members in plan.levels():
         axes[name].over_nodes(members)  # groups are made here, by all ranks in one order

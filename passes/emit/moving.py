@@ -91,6 +91,13 @@ def begin_before(e: Emitter, op: str) -> None:
             e.begun[bucket.moves[0]] = begin_call(e, bucket, *_moved(e, bucket))
 
 
+def drop_unread(e: Emitter) -> None:
+    """Take out what was begun and nobody reads, as nobody's readers were left out, on any rank."""
+    for node in e.begun.values():
+        if not node.users:
+            e.graph.erase_node(node)
+
+
 def _moved(e: Emitter, bucket: Bucket) -> tuple[list[fx.Node], list[dict[str, Any]]]:
     """Return what the moves of a bucket move, and the arguments of each."""
     moves = [e.plan.moves[n] for n in bucket.moves]
