@@ -122,9 +122,9 @@ def slice_to_shard(
 
 def keep_one(x: Tensor, axis: Axis, source: WholeType = "I") -> Tensor:
     """I -> P (backward nothing) or R -> P (backward keep_one): index 0 keeps, the others zero."""
-    if axis.size == 1:
+    if axis.index == 0:
         return x
-    return _move(x, _keep_one, _nothing if source == "I" else _keep_one, (axis,))
+    return _blanked(x) if source == "I" else _move(x, _keep_one, _keep_one, (axis,))
 
 
 def pad_to_partial(
@@ -174,6 +174,13 @@ def _all_reduce(x: Tensor, axis: Axis, by: str = "") -> Tensor:
 
 def _keep_one(x: Tensor, axis: Axis, by: str = "") -> Tensor:
     return x if axis.index == 0 else torch.zeros_like(x)
+
+
+def _blanked(x: Tensor) -> Tensor:
+    """Return zeros in place of `x`, which gets their gradient: that of a copy, blank or not."""
+    out = x.clone()
+    out.detach().zero_()
+    return out
 
 
 def _gather(x: Tensor, axis: Axis, dim: int, parts: Parts, size: int, by: str = "") -> Tensor:
@@ -253,8 +260,11 @@ def _to_wire(x: Tensor, dim: int, parts: Parts, ranks: int) -> Tensor:
     blocks, shape = len(parts) or 1, x.shape
     length = -(-shape[dim] // (ranks * blocks))
     lead, tail = shape[:dim], shape[dim + 1 :]
-    x = _fill(x, dim, length * ranks * blocks).reshape(*lead, blocks, ranks, length, *tail)
-    return x.movedim(dim + 1, 0).reshape(ranks, *lead, blocks * length, *tail)
+    x = _fill(x, dim, length * ranks * blocks)
+    if blocks == 1:
+        return x.reshape(*lead, ranks, length, *tail).movedim(dim, 0)
+    by_block = x.reshape(*lead, blocks, ranks, length, *tail).movedim(dim + 1, 0)
+    return by_block.flatten(dim + 1, dim + 2)
 
 
 def _from_wire(wire: Tensor, dim: int, parts: Parts, size: int) -> Tensor:
@@ -268,9 +278,11 @@ def _from_wire(wire: Tensor, dim: int, parts: Parts, size: int) -> Tensor:
         ends = [chunk(size, ranks, i) for i in range(ranks)]
         filled = zip(wire.unbind(0), ends, strict=True)
         return torch.cat([row.narrow(dim, 0, b - a) for row, (a, b) in filled], dim)
-    lead, tail, blocks = shape[:dim], shape[dim + 1 :], len(parts) or 1
-    out = wire.reshape(ranks, *lead, blocks, shape[dim] // blocks, *tail)
-    return out.movedim(0, dim + 1).reshape(*lead, size, *tail)
+    if len(parts) < 2:
+        return wire.movedim(0, dim).flatten(dim, dim + 1)
+    block = shape[dim] // len(parts)
+    by_block = wire.reshape(ranks, *shape[:dim], len(parts), block, *shape[dim + 1 :])
+    return by_block.movedim(0, dim + 1).flatten(dim, dim + 2)
 
 
 # One dim, other parts --------------------------------------------------------------------------

@@ -1,15 +1,18 @@
 """What an emitted program costs beside its kernels: seconds of Python per layer and pass.
 
-A GPT so small that kernels take no time, on axes that send nothing. From each program's forward
-and backward those of the original module are taken, interleaved with it: what is left is what the
-program adds, divided by its layers. Moves, local tensors and the collectives' own Python count.
+A GPT so small that kernels take no time, on axes that send nothing, as the last rank of its grid.
+From each program's forward and backward those of the original module are taken, interleaved with
+it: what is left is what the program adds. Of two depths: what grows is the layers', what does not
+(split embeddings and losses, calls that begin sums of gradients) comes once. Moves and their own
+Python count; process groups, and what hands out local tensors, do not.
 
-Run: python benchmarks/python_cost.py [--layers 8] [--rounds 30] [--out python_cost.json]
+Run: python benchmarks/python_cost.py [--layers 12] [--rounds 30] [--out python_cost.json]
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -38,6 +41,9 @@ CASES = {
     "4x1 fsdp": (schemes.fsdp, (4, 1)),
 }
 """Scheme and grid of each row."""
+
+SHALLOW = 2
+"""The layers of the model whose cost is taken off that of the deep one."""
 
 Phases = Callable[[], tuple[float, float]]
 """Runs one step without its optimizer; returns the seconds of forward and of backward."""
@@ -69,13 +75,13 @@ def original(layers: int) -> Phases:
 
 
 def emitted(name: str, layers: int) -> Phases:
-    """Return the steps of rank 0's program."""
+    """Return the steps of the last rank's program."""
     scheme, sizes = CASES[name]
     model, inputs = small(layers)
     pins = scheme(model, sizes, inputs) if scheme else None
     found, grid = inferred(model, (), inputs, Options()), as_grid(sizes)
     plan = search_plan(*found, grid, gloo_loopback(), pins).plan
-    coords, device = grid.coords(0), torch.device("cpu")
+    coords, device = grid.coords(grid.world_size - 1), torch.device("cpu")
     axes = silent_axes(grid, coords, CopyClock(device))
     flat = found[0].flatten_inputs((), inputs)
     rank = alone(found, plan, coords, axes, {}, flat, device)
@@ -83,37 +89,51 @@ def emitted(name: str, layers: int) -> Phases:
 
 
 def measure(layers: int, rounds: int) -> dict[str, dict[str, float]]:
-    """Return, by case, the milliseconds that a layer adds to each pass."""
-    steps = {"": original(layers), **{name: emitted(name, layers) for name in CASES}}
-    rows: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
+    """Return, by case, the milliseconds that a layer adds to each pass, and those once."""
+    made = {"": original, **{name: functools.partial(emitted, name) for name in CASES}}
+    steps = {(name, n): make(n) for name, make in made.items() for n in (SHALLOW, layers)}
+    rows: dict[tuple[str, int], list[tuple[float, float]]] = {key: [] for key in steps}
     for number in range(rounds + 3):  # three to warm up
-        for name, step in steps.items():
+        for key, step in steps.items():
             spent = step()
             if number >= 3:
-                rows[name].append(spent)
+                rows[key].append(spent)
     typical = {
-        name: [statistics.median(row[k] for row in found) for k in (0, 1)]
-        for name, found in rows.items()
+        key: [1e3 * statistics.median(way) for way in zip(*found, strict=True)]
+        for key, found in rows.items()
     }
-    own = typical.pop("")
-    return {
-        name: {
-            way: 1e3 * (spent[k] - own[k]) / layers for k, way in enumerate(("forward", "backward"))
-        }
-        for name, spent in typical.items()
-    } | {"original": {"forward": 1e3 * own[0] / layers, "backward": 1e3 * own[1] / layers}}
+    found = {"original": _by_layer(typical["", SHALLOW], typical["", layers], layers)}
+    for name in CASES:
+        added = [
+            [mine - own for mine, own in zip(typical[name, n], typical["", n], strict=True)]
+            for n in (SHALLOW, layers)
+        ]
+        found[name] = _by_layer(*added, layers)
+    return found
+
+
+def _by_layer(shallow: list[float], deep: list[float], layers: int) -> dict[str, float]:
+    """Tell what each layer takes from what comes once."""
+    out = {}
+    for way, few, many in zip(("forward", "backward"), shallow, deep, strict=True):
+        out[way] = (many - few) / (layers - SHALLOW)
+        out[f"{way} once"] = few - SHALLOW * out[way]
+    return out
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     rows = measure(args.layers, args.rounds)
-    print(f"{'milliseconds per layer':<24} {'forward':>9} {'backward':>9}")
+    print(f"{'milliseconds':<20} a layer: {'forward':>8} {'backward':>8}   once: forward backward")
     for name, row in rows.items():
-        print(f"{name:<24} {row['forward']:>9.3f} {row['backward']:>9.3f}")
+        layer, once = (
+            f"{row['forward' + k]:>8.3f} {row['backward' + k]:>8.3f}" for k in ("", " once")
+        )
+        print(f"{name:<29} {layer} {once:>23}")
     if args.out:
         args.out.write_text(json.dumps(rows, indent=1) + "\n")
 

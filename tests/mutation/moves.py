@@ -5,6 +5,8 @@ Both are judged by random plans of small programs.
 
 from unittest import mock
 
+import torch
+
 from autotp import collectives
 from autotp.check import prepare
 from autotp.grid import as_grid
@@ -30,7 +32,6 @@ PAIRS = (
     ("S->I", collectives._gather, collectives._slice),
     ("I->S", collectives._slice, collectives._gather),
     ("R->S", collectives._slice, collectives._pad),
-    ("I->P", collectives._keep_one, collectives._nothing),
     ("R->P", collectives._keep_one, collectives._keep_one),
     ("S->P", collectives._pad, collectives._slice),
 )
@@ -45,6 +46,8 @@ def move_mutants():
     pair = collectives._all_to_all, collectives._all_to_all_back
     yield move_mutant("S->S forward back", pair, (pair[1], pair[1]))
     yield move_mutant("S->S backward forth", pair, (pair[0], pair[0]))
+    yield blank_mutant("I->P forward _nothing", torch.clone)
+    yield blank_mutant("I->P backward _keep_one", torch.zeros_like)
 
 
 def others(kernel):
@@ -58,6 +61,11 @@ def move_mutant(name, pair, wrong):
         return move(x, *(wrong if (kernel, dual) == pair else (kernel, dual)), where, ways)
 
     plant = lambda: mock.patch.object(collectives, "_move", damaged_move)  # noqa: E731
+    return Mutant("move", name, plant, random_plans_fail)
+
+
+def blank_mutant(name, wrong):
+    plant = lambda: mock.patch.object(collectives, "_blanked", wrong)  # noqa: E731
     return Mutant("move", name, plant, random_plans_fail)
 
 

@@ -85,6 +85,18 @@ def test_every_move_keeps_the_value_and_the_gradient(shape):
     assert seen == set(MOVES)
 
 
+def test_what_is_not_kept_is_zero_whatever_it_was():
+    def kept(rank, axes):
+        x = torch.tensor([torch.inf, torch.nan, 1.0], requires_grad=True)
+        out = keep_one(x, axes["col"])
+        out.backward(torch.ones(3))
+        return out.detach(), x.grad
+
+    (kept_by_first, _), *others = results = run_ranks(LINE, kept)
+    assert kept_by_first.isinf()[0] and not any(out.any() for out, _ in others)
+    assert all(torch.equal(gradient, torch.ones(3)) for _, gradient in results)
+
+
 def _calls(axis):
     return [k for k, times in axis.calls.items() for _ in range(times)]
 
