@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from autotp.errors import LayoutError
+from autotp.first_order import first_order
 from autotp.parts import (
     MEAN,
     NONE,
@@ -171,7 +171,7 @@ class _RowLosses(torch.autograd.Function):
         return rows, row_weight
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         logits, at, mine, valid, weight, lse, row_weight, all_weight = ctx.saved_tensors
         grad = widened(grad).masked_fill(~valid, 0).unsqueeze(1)  # infinite where no target counts
@@ -252,7 +252,7 @@ class _Norm(torch.autograd.Function):
         return out.to(x.dtype)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, scale = ctx.saved_tensors
         dims, count = ctx.dims, ctx.count
@@ -302,7 +302,7 @@ class _Softmax(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (out,) = ctx.saved_tensors
         y, g = widened(out), widened(grad)

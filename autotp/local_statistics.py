@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from autotp.first_order import first_order
 from autotp.parts import Axes, total_over, widened
 
 Statistics = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -116,7 +116,7 @@ class _BatchNorm(torch.autograd.Function):
         return out.to(x.dtype), mean, scale, var
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, scale = ctx.saved_tensors
         dims = [d for d in range(x.ndim) if d != 1]

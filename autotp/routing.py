@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from autotp.first_order import first_order
 from autotp.layouts import Range
 from autotp.parts import Axes, apply_function, my_range, owned, range_at
 
@@ -50,7 +50,7 @@ class _Exchange(torch.autograd.Function):
         return _send(rows, source, target, axes, largest)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _send(grad, *ctx.where), None, None, None, None
 

@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from autotp.first_order import first_order
 from autotp.layouts import Range
 from autotp.parts import Axes, apply_function, my_range, range_at, widened
 
@@ -182,7 +182,7 @@ class _Ring(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, mask, out, top, total = ctx.saved_tensors
         scale, causal, axes, size = ctx.where

@@ -26,6 +26,7 @@ RUNTIME = {
     "axis",
     "collectives",
     "dist_axis",
+    "first_order",
     "liveness",
     "local_losses",
     "local_lookups",

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from autotp.axis import run_ranks
-from autotp.errors import LayoutError
+from autotp.errors import LayoutError, RuntimeStateError
 from autotp.grid import Grid
 from autotp.layouts import I, P, R, Shard, assemble
 from autotp.local_programs import (
@@ -239,3 +239,24 @@ def test_the_helper_joins_random_terms():
     torch.testing.assert_close(
         assemble(pieces_of(whole, layout, SQUARE), whole.shape, layout, SQUARE), whole
     )
+
+
+SECOND = {
+    "softmax": lambda x, axes: softmax(x, -1, split_d=axes, size_d=6),
+    "log_softmax": lambda x, axes: log_softmax(x, -1, split_d=axes, size_d=6),
+    "layer_norm": lambda x, axes: layer_norm(x, [x.shape[-1]], split_d=axes, size_d=6),
+}
+
+
+@pytest.mark.parametrize("op", SECOND)
+def test_a_second_derivative_is_refused_and_not_dropped(op):
+    """`autograd.grad` of named inputs would leave out what goes through the op, in silence."""
+
+    def work(rank, axes):
+        x = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
+        loss = SECOND[op](x * x, (axes["col"],)).square().sum()
+        torch.autograd.grad(loss, x, retain_graph=True)
+        torch.autograd.grad(loss, x, create_graph=True)
+
+    with pytest.raises(RuntimeStateError, match="second derivative"):
+        run_ranks(LINE, work)
