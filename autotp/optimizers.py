@@ -137,12 +137,15 @@ def _may_fuse(group: dict[str, Any], optimizer: Optimizer) -> bool:
     """
     chosen = [group.get("fused", True), group.get("foreach"), group.get("capturable") or None]
     steps = [optimizer.state[p].get("step") for p in group["params"] if p in optimizer.state]
-    touched = [t for p in group["params"] for t in _parts(p, optimizer.state.get(p))]
     return (
         all(choice is None for choice in chosen)
         and all(p.device.type == "cpu" and p.is_floating_point() for p in group["params"])
         and all(isinstance(n, Tensor) and n.dtype is torch.float32 for n in steps)
-        and all(local_part(t).is_contiguous() for t in touched)
+        and all(
+            local_part(t).is_contiguous()
+            for p in group["params"]
+            for t in _parts(p, optimizer.state.get(p))
+        )
     )
 
 

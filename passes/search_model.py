@@ -82,11 +82,9 @@ class Model:
     def _paid(self, plan: Plan) -> dict[Kind, _Paid]:
         out: dict[Kind, _Paid] = {}
         for m in plan.moves:
-            key = (self._what(m.value), m.forward, m.backward)
-            out.setdefault(key, _Paid()).add(m, *self._ends_s(m))
+            out.setdefault(self._kind(m), _Paid()).add(m, *self._ends_s(m))
         for b in plan.buckets:
-            key = (self._what(plan.moves[b.moves[0]].value), b.forward, b.backward)
-            out[key].hidden_s += b.hidden_s
+            out[self._kind(plan.moves[b.moves[0]])].hidden_s += b.hidden_s
         return out
 
     def _ends_s(self, m: PlannedMove) -> tuple[float, float]:
@@ -97,8 +95,8 @@ class Model:
             return apart_s, apart_s
         return apart_s, sum(self.moves.share_s(kind, m.size_bytes, axis) for kind in kinds)
 
-    def _what(self, value: str) -> str:
-        return "parameter" if value in self.params else "activation"
+    def _kind(self, m: PlannedMove) -> Kind:
+        return "parameter" if m.value in self.params else "activation", m.forward, m.backward
 
     def searched_s(self, m: PlannedMove, value: Value) -> float:
         """Return what the search took a move of a value to cost."""

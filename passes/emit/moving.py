@@ -92,7 +92,7 @@ def begin_before(e: Emitter, op: str) -> None:
 
 
 def drop_unread(e: Emitter) -> None:
-    """Take out what was begun and nobody reads, as nobody's readers were left out, on any rank."""
+    """Take out what was begun for ops that were left out: nobody ends it, on any rank."""
     for node in e.begun.values():
         if not node.users:
             e.graph.erase_node(node)
