@@ -205,6 +205,8 @@ def table(calibration: Calibration) -> str:
         narrow = [f"{r / 1e9:.1f} at {w}" for w, r in ladders.get(dtype, ())]
         told = f"  by narrowest dim: {', '.join(narrow)}" if narrow else ""
         lines.append(f"products of {dtype:<9} {rate / 1e9:9.1f} GFLOP/s{told}")
+    for dtype, rate in c.attention_flops_per_s:
+        lines.append(f"attention, {dtype:<10} {rate / 1e9:9.1f} GFLOP/s")
     lines.append(f"memory                {c.memory_bandwidth_bytes_per_s / 1e9:9.1f} GB/s")
     lines.append(f"functions             {c.function_bytes_per_s / 1e9:9.1f} GB/s")
     rate = c.update_bytes_per_s / 1e9

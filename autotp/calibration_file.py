@@ -23,7 +23,7 @@ from autotp.cost_model.calibration import Measured
 from autotp.cost_model.cluster import Cluster, Link, Rate
 from autotp.errors import CalibrationError
 
-FORMAT = 4
+FORMAT = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +136,7 @@ def _cluster(data: Mapping[str, Any]) -> Cluster:
         "flops_per_s": tuple((d, r) for d, r in data["flops_per_s"]),
         "crossings": tuple((m, _link(link)) for m, link in data["crossings"]),
         "narrow_flops_per_s": tuple(ladders),
+        "attention_flops_per_s": tuple((d, r) for d, r in data["attention_flops_per_s"]),
     }
     return Cluster(**{**data, **parts})
 

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from autotp.cost_model.calibration import (
+    AttentionTiming,
     Measured,
     Overlap,
     ProductTiming,
@@ -229,7 +230,7 @@ def _typical(everyone: Sequence[Sequence[Sequence[Seconds]]], job: int) -> Secon
 
 def _measured(found: Samples, node: int, memory_bytes: float) -> Measured:
     """Sort the samples of all jobs by what they are of."""
-    collectives, streams, updates = [], [], []
+    collectives, streams, updates, attention = [], [], [], []
     products: dict[tuple[str, tuple[int, int, int]], list[Seconds]] = {}
     for key, s in found.items():
         match key:
@@ -237,12 +238,13 @@ def _measured(found: Samples, node: int, memory_bytes: float) -> Measured:
                 collectives.append(Timing(kind, ranks, members, size, s.seconds, s.cpu_s, by))
             case (str(dtype), tuple() as shape, int(_)):
                 products.setdefault((dtype, shape), []).append(s)
+            case ("attention", str(dtype), int(flops)):
+                attention.append(AttentionTiming(dtype, flops, s.seconds, s.cpu_s))
             case (str(), int(count), int(size)):
                 updates.append(UpdateTiming(count, size, s.seconds, s.cpu_s))
             case (str(name), int(size)):
                 streams.append(StreamTiming(name, size, s.seconds, s.cpu_s))
     overhead, calls = found["overhead"], CHAIN * PASSES
-    alone, beside, both = (found["overlap", w] for w in ("collective", "product", "both"))
     return Measured(
         backend=str(dist.get_backend()),
         world_size=dist.get_world_size(),
@@ -251,9 +253,10 @@ def _measured(found: Samples, node: int, memory_bytes: float) -> Measured:
         products=tuple(_product(*key, passes) for key, passes in products.items()),
         streams=tuple(streams),
         op_overhead=Seconds(overhead.seconds / calls, overhead.cpu_s / calls),
-        overlap=Overlap(alone.seconds, beside.seconds, both.seconds),
+        overlap=Overlap(*(found["overlap", what] for what in ("collective", "product", "both"))),
         memory_bytes=memory_bytes,
         updates=tuple(updates),
+        attention=tuple(attention),
     )
 
 

@@ -1,4 +1,4 @@
-"""What is timed to calibrate: collectives, products, streams, updates, tiny ops, overlap.
+"""What is timed to calibrate: collectives, products, attention, streams, updates, overlap.
 
 A Job is a call to repeat and the name under which its seconds are found again. All ranks make the
 same jobs in the same order.
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
+from autotp.cost_model.compute import matmul_flops
 from autotp.cost_model.levels import STAGES, fits, nodes_of
 from autotp.dist_axis import DistAxis
 from autotp.layouts import I
@@ -51,17 +52,24 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Ladder:
-    """The sizes of compute on a kind of device: narrow dims, the other dims, bytes of a stream."""
+    """The sizes of compute on a kind of device: narrow dims, the other dims, bytes of a stream.
+
+    heads   of attention with as many queries and keys as `side`
+    """
 
     narrow: tuple[int, ...]
     side: int
     stream_bytes: int
+    heads: int
 
 
 LADDERS = {
-    "cpu": Ladder((1, 8, 32, 128, 512), 512, 2**22),
-    "cuda": Ladder((16, 64, 256, 1024, 4096), 4096, 2**26),
+    "cpu": Ladder((1, 8, 32, 128, 512), 512, 2**22, heads=1),
+    "cuda": Ladder((16, 64, 256, 1024, 4096), 4096, 2**26, heads=16),
 }
+
+HEAD_DIM = 64
+"""Of the attention that is timed."""
 
 
 def collective_jobs(
@@ -94,7 +102,7 @@ def collective_jobs(
 def compute_jobs(device: torch.device, fast: Sequence[str]) -> Iterator[Job]:
     """Yield products of every dtype, ladders of the `fast` ones, streams and a chain of tiny ops.
 
-    The keys are (dtype, shape, pass), (stream, bytes) and "overhead".
+    The keys are (dtype, shape, pass), ("attention", dtype, flops), (stream, bytes) and "overhead".
     """
     ladder = LADDERS[device.type]
     for dtype in DTYPES:
@@ -105,6 +113,7 @@ def compute_jobs(device: torch.device, fast: Sequence[str]) -> Iterator[Job]:
             yield from product_jobs(dtype, (narrow, ladder.side, ladder.side), device)
             if narrow < ladder.side:
                 yield from product_jobs(dtype, (ladder.side, narrow, ladder.side), device)
+        yield _attention_job(dtype, (1, ladder.heads, ladder.side, HEAD_DIM), device)
     yield from _stream_jobs(ladder.stream_bytes, device)
     yield Job("overhead", partial(_tiny_ops, torch.ones(8, device=device, requires_grad=True)), 4)
 
@@ -120,6 +129,26 @@ def product_jobs(dtype: str, shape: tuple[int, int, int], device: torch.device) 
     yield Job((dtype, shape, 0), partial(F.linear, x, weight), calls)
     yield Job((dtype, shape, 1), partial(torch.mm, grad, weight), calls)
     yield Job((dtype, shape, 2), partial(torch.mm, grad.t(), x), calls)
+
+
+def _attention_job(dtype: str, shape: tuple[int, int, int, int], device: torch.device) -> Job:
+    """Return causal attention of `shape` (batch, heads, queries, dim), forward and backward.
+
+    Its flops are counted as those of an op are: both products whole, backward twice as much.
+    """
+    batch, heads, rows, dim = shape
+    q, k, v = (
+        torch.ones(shape, dtype=getattr(torch, dtype), device=device, requires_grad=True)
+        for _ in range(3)
+    )
+    grad = torch.ones_like(q)
+
+    def run() -> None:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        torch.autograd.grad(out, (q, k, v), grad)
+
+    flops = 3 * 2 * matmul_flops(rows, rows, dim, batch * heads)
+    return Job(("attention", dtype, flops), run)
 
 
 def _stream_jobs(size_bytes: int, device: torch.device) -> Iterator[Job]:

@@ -1,7 +1,7 @@
 """From what was measured on a machine to a `Cluster`: pure functions of timings.
 
 typical     one number from repeats on a noisy machine
-Measured    the timings of a machine: collectives, products, streams, updates, overhead, overlap
+Measured    the timings of a machine: collectives, compute, the optimizer, what overlaps
 fit         Measured -> Cluster, on the wall clock or in CPU-seconds
 
 Measuring is not done here: `autotp.measure` runs on a process group.
@@ -55,6 +55,16 @@ class StreamTiming:
 
 
 @dataclass(frozen=True, slots=True)
+class AttentionTiming:
+    """The seconds of attention, forward and backward, whose products take `flops` in all."""
+
+    dtype: str
+    flops: int
+    seconds: float
+    cpu_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class UpdateTiming:
     """The seconds in which the optimizer updates so many parameters of `size_bytes` each."""
 
@@ -74,17 +84,16 @@ class Seconds:
 
 @dataclass(frozen=True, slots=True)
 class Overlap:
-    """The seconds of a collective and of a product, each alone, and of both at once."""
+    """A collective and a product, each alone, and both at once."""
 
-    collective_s: float
-    product_s: float
-    both_s: float
+    collective: Seconds
+    product: Seconds
+    both: Seconds
 
-    @property
-    def share(self) -> float:
-        """The share of the shorter one that is hidden."""
-        hidden = self.collective_s + self.product_s - self.both_s
-        return min(1.0, max(0.0, hidden / min(self.collective_s, self.product_s)))
+    def share(self, clock: Clock) -> float:
+        """Return the share of the shorter one that is hidden: of CPU-seconds next to nothing."""
+        alone = [_of(s, clock) for s in (self.collective, self.product)]
+        return min(1.0, max(0.0, (sum(alone) - _of(self.both, clock)) / min(alone)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +113,7 @@ class Measured:
     overlap: Overlap | None
     memory_bytes: float
     updates: tuple[UpdateTiming, ...] = ()
+    attention: tuple[AttentionTiming, ...] = ()
     cores: float = 0.0
 
 
@@ -143,7 +153,8 @@ def fit(measured: Measured, name: str, clock: Clock = "wall") -> Cluster:
         crossings=tuple((m, link) for m, link in links.items() if isinstance(m, int)),
         narrow_flops_per_s=tuple(pair for pair in ladders if len(pair[1]) > 1),
         function_bytes_per_s=_stream_rate(measured.streams, ("gelu",), clock),
-        overlap=measured.overlap.share if measured.overlap else 0.0,
+        attention_flops_per_s=tuple((t.dtype, t.flops / _of(t, clock)) for t in measured.attention),
+        overlap=measured.overlap.share(clock) if measured.overlap else 0.0,
         update_s=each_s,
         update_bytes_per_s=update_rate,
     )
@@ -153,7 +164,8 @@ def _at_once(measured: Measured) -> Measured:
     """Return the timings of compute as they are while all ranks of a node compute.
 
     Where ranks share cores, a sample shorter than the scheduler's slice runs while others wait: its
-    wall clock does not see them. But no rank gets more than its share of the cores.
+    wall clock does not see them. But no rank gets more than its share of the cores, so that a
+    collective that keeps them busy hides nothing.
     """
     if not measured.cores:
         return measured
@@ -167,16 +179,23 @@ def _at_once(measured: Measured) -> Measured:
             return replace(timing, seconds=(first, second, third))
         return replace(timing, seconds=wall(timing.seconds, timing.cpu_s))
 
+    together = measured.overlap
     return replace(
         measured,
         products=tuple(map(slowed, measured.products)),
         streams=tuple(map(slowed, measured.streams)),
         updates=tuple(map(slowed, measured.updates)),
+        attention=tuple(map(slowed, measured.attention)),
+        overlap=together
+        and Overlap(slowed(together.collective), slowed(together.product), slowed(together.both)),
         op_overhead=slowed(measured.op_overhead),
     )
 
 
-def _of(timing: Timing | StreamTiming | UpdateTiming | Seconds, clock: Clock) -> float:
+Timed = Timing | StreamTiming | AttentionTiming | UpdateTiming | Seconds
+
+
+def _of(timing: Timed, clock: Clock) -> float:
     return timing.seconds if clock == "wall" else timing.cpu_s
 
 

@@ -99,6 +99,8 @@ class Cluster:
     narrow_flops_per_s     by dtype, what products reach whose narrowest dim has this size
     function_bytes_per_s   what pointwise functions such as exp and tanh read and write; 0: as
                            fast as memory
+    attention_flops_per_s  by dtype, what attention reaches of its products' flops, forward and
+                           backward; unlisted: what products do
     overlap                share of the shorter of a collective and a product that is hidden
                            where both run at once
     update_s, update_bytes_per_s
@@ -118,6 +120,7 @@ class Cluster:
     crossings: tuple[tuple[int, Link], ...] = ()
     narrow_flops_per_s: tuple[tuple[str, tuple[tuple[int, float], ...]], ...] = ()
     function_bytes_per_s: float = 0.0
+    attention_flops_per_s: tuple[tuple[str, float], ...] = ()
     overlap: float = 0.0
     update_s: float = 0.0
     update_bytes_per_s: float = 0.0
@@ -165,6 +168,11 @@ class Cluster:
             return rates.get(name, self.flops_per_s[0][1])
         sizes, reached = zip(*ladder, strict=True)
         return float(np.interp(math.log2(max(1, narrowest)), np.log2(sizes), reached))
+
+    def attention_rate(self, dtype: object) -> float:
+        """Return the flops per second of attention in `dtype`, its exponentials included."""
+        found = dict(self.attention_flops_per_s).get(dtype_name(dtype))
+        return found or self.matmul_flops_per_s(dtype)
 
     @property
     def pointwise_bytes_per_s(self) -> float:

@@ -53,16 +53,19 @@ def op_s(
     *,
     narrowest: int | None = None,
     function: bool = False,
+    attention: bool = False,
 ) -> Amount:
     """Return the seconds of one operator: the slower of arithmetic and memory, and its overhead.
 
     `bytes_moved` counts each operand read and each result written once. `narrowest` is the
-    smallest dim of a product, and `function` says that each element takes an exp or the like.
+    smallest dim of a product, `function` says that each element takes an exp or the like, and
+    `attention` that the flops are those of attention.
 
     Source: Williams, Waterman and Patterson 2009, "Roofline: an insightful visual performance
     model for multicore architectures".
     """
-    arithmetic_s = flops / cluster.matmul_flops_per_s(dtype, narrowest)
+    reached = cluster.matmul_flops_per_s(dtype, narrowest)
+    arithmetic_s = flops / (cluster.attention_rate(dtype) if attention else reached)
     rate = cluster.pointwise_bytes_per_s if function else cluster.memory_bandwidth_bytes_per_s
     memory_s = bytes_moved / rate
     return _slower(arithmetic_s, memory_s) + cluster.op_overhead_s

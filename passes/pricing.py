@@ -20,7 +20,7 @@ from autotp.grid import Grid
 from autotp.passes.choices import Strategies, Typing, ranks_by_axes
 from autotp.passes.moves import Column, Moves
 from autotp.passes.network import Network, Op, Value
-from autotp.passes.roofline import is_function, narrowest
+from autotp.passes.roofline import is_attention, is_function, narrowest
 from autotp.passes.spaces import elements
 from autotp.passes.traffic import internal_traffic
 
@@ -124,7 +124,8 @@ def _arithmetic(op: Op, strategies: Strategies, moved: np.ndarray, moves: Moves)
     dtype, function = op.call.results[0].dtype, is_function(op)
     narrow = narrowest(op, sizes) if products(op) and cluster.narrow_flops_per_s else None
     if narrow is None:
-        return np.asarray(op_s(flops, moved, dtype, cluster, function=function))
+        kind = {"function": function, "attention": is_attention(op)}
+        return np.asarray(op_s(flops, moved, dtype, cluster, **kind))
     seconds, narrow = np.empty(len(flops)), np.broadcast_to(narrow, flops.shape)
     for n in np.unique(narrow):
         at = narrow == n

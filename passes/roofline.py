@@ -1,7 +1,7 @@
 """What an op's arithmetic looks like, beyond its flops and bytes: for machines that were measured.
 
-A product with a narrow dim reaches less of a machine's rate, and a pointwise op that takes an
-exponential of every element less of its memory's.
+A product with a narrow dim reaches less of a machine's rate, attention less than its two products
+alone, and a pointwise op that takes an exponential of every element less of its memory's.
 """
 
 from __future__ import annotations
@@ -64,6 +64,12 @@ def is_function(op: Op) -> bool:
     """Say whether an op evaluates a transcendental function of every element."""
     name, overload = op.call.op._schema.name, op.call.op._overloadname
     return name in FUNCTIONS or f"{name}.{overload}" in FUNCTIONS
+
+
+def is_attention(op: Op) -> bool:
+    """Say whether an op is attention in one kernel: products, and the exponentials between them."""
+    name: str = op.call.op._schema.name
+    return name == "aten::scaled_dot_product_attention"
 
 
 def narrowest(op: Op, sizes: Mapping[str, Any]) -> Any:

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autotp.cost_model.calibration import (
+    AttentionTiming,
     Measured,
     Overlap,
     ProductTiming,
@@ -60,6 +61,15 @@ def test_outliers_do_not_move_what_is_typical(seed, truth):
     repeats = [truth * rng.uniform(0.97, 1.03) for _ in range(8)]
     repeats += [truth * rng.uniform(5, 1000) for _ in range(3)]
     assert typical(repeats) == pytest.approx(truth, rel=0.03)
+
+
+def test_attention_has_a_rate_of_its_own():
+    timed = (AttentionTiming("float32", 10**9, 0.05, 0.04),)
+    wall, cpu = (fit(replace(measured(), attention=timed), "x", c) for c in ("wall", "cpu"))
+    taken = [op_s(10**9, 0, "float32", c, attention=True) - c.op_overhead_s for c in (wall, cpu)]
+    assert taken == pytest.approx([0.05, 0.04])
+    assert op_s(10**9, 0, "float32", wall) < taken[0]  # products alone are faster
+    assert wall.attention_rate("float64") == wall.matmul_flops_per_s("float64")
 
 
 def test_every_figure_on_either_clock():
@@ -133,4 +143,14 @@ def test_narrow_products_are_slower_and_the_ladder_rises():
     ("seconds", "share"), [((1, 2, 3), 0), ((1, 2, 2), 1), ((2, 1, 2.5), 0.5), ((1, 1, 9), 0)]
 )
 def test_overlap_is_the_share_of_the_shorter_that_is_hidden(seconds, share):
-    assert fit(measured(overlap=Overlap(*seconds)), "x").overlap == share
+    timed = Overlap(*(Seconds(s, c) for s, c in zip(seconds, (1, 2, 3), strict=True)))
+    assert fit(measured(overlap=timed), "x").overlap == share
+    assert fit(measured(overlap=timed), "x", "cpu").overlap == 0  # CPU-seconds add up
+
+
+@pytest.mark.parametrize(("cores", "share"), [(0.0, 1.0), (1.0, 0.5), (0.75, 1 / 3), (0.5, 0.0)])
+def test_what_keeps_the_cores_busy_hides_nothing(cores, share):
+    """Short samples run while other ranks wait, whose turn comes all the same."""
+    timed = Overlap(Seconds(1, 0.5), Seconds(1, 1), Seconds(1, 1.5))
+    found = fit(replace(measured(overlap=timed), cores=cores), "x").overlap
+    assert found == pytest.approx(share)
