@@ -1,6 +1,7 @@
 """Measure this machine on the live process group: what `autotp.cost_model.calibration` fits.
 
     measure     run every job in turn, round after round, until the time is used
+    Measuring   the same, a round when it is asked for: beside what else is timed
     shapes_of   the groups of ranks whose collectives are timed: one of each class of link
 
 All ranks do the same at the same time, as they do in training: rates are those of a rank whose
@@ -14,7 +15,7 @@ import os
 import platform
 import time
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -111,25 +112,51 @@ def _divisors(n: int) -> list[int]:
 
 def measure(effort: Effort, device: torch.device) -> Measured:
     """Return what was measured, the same on all ranks; every rank of the process group calls it."""
-    world, node = dist.get_world_size(), ranks_per_node()
-    clock = _Rounds(device)
-    axes = [(s, _axis(s)) for s in shapes_of(world, node)]
-    fast, ratio = _pilot(clock, axes[-1][1], device)
-    jobs = [
-        job
-        for shape, axis in axes
-        for job in collective_jobs(axis, shape.members, effort.sizes, device)
-    ]
-    jobs += [*compute_jobs(device, fast), *update_jobs(init_device_mesh(device.type, (world,)))]
-    jobs += overlap_jobs(axes[-1][1], OVERLAPPED, device, ratio)
-    found = clock.repeat(jobs, effort)
-    for _, axis in axes:
-        _leave(axis)
-    cores = _cores(node) if device.type == "cpu" else 0.0
-    agreed: Measured = from_rank_0(
-        replace(_measured(found, node, _memory_bytes(device, node)), cores=cores)
-    )
-    return agreed
+    measuring = Measuring(effort.sizes, device)
+    measuring.repeat(effort)
+    found = measuring.found()
+    measuring.leave()
+    return found
+
+
+class Measuring:
+    """All jobs of a process group: every rank makes it, and asks for as many rounds as the others.
+
+    sizes   the bytes of the buffers that collectives are timed over
+    """
+
+    def __init__(self, sizes: Sequence[int], device: torch.device) -> None:
+        world, self._node = dist.get_world_size(), ranks_per_node()
+        self._axes = [(s, _axis(s)) for s in shapes_of(world, self._node)]
+        last = self._axes[-1][1]
+        fast, ratio = _pilot(last, device)
+        self._rounds = _Rounds(device)
+        for shape, axis in self._axes:
+            self._rounds.jobs += collective_jobs(axis, shape.members, sizes, device)
+        self._rounds.jobs += compute_jobs(device, fast)
+        self._rounds.jobs += update_jobs(init_device_mesh(device.type, (world,)))
+        self._rounds.jobs += overlap_jobs(last, OVERLAPPED, device, ratio)
+
+    def repeat(self, effort: Effort) -> None:
+        """Run rounds until the time is used; one more comes first, to warm up."""
+        self._rounds.repeat(effort)
+
+    def again(self) -> None:
+        """Run one more round."""
+        self._rounds.again()
+
+    def found(self) -> Measured:
+        """Return what all rounds so far say, the same on all ranks."""
+        device, node = self._rounds.device, self._node
+        cores = _cores(node) if device.type == "cpu" else 0.0
+        found = _measured(self._rounds.typical(), node, _memory_bytes(device, node))
+        agreed: Measured = from_rank_0(replace(found, cores=cores))
+        return agreed
+
+    def leave(self) -> None:
+        """Free the groups that were timed."""
+        for _, axis in self._axes:
+            _leave(axis)
 
 
 OVERLAPPED = 2**20
@@ -161,14 +188,16 @@ def _leave(axis: DistAxis) -> None:
             dist.destroy_process_group(group)
 
 
-def _pilot(clock: _Rounds, axis: DistAxis, device: torch.device) -> tuple[list[str], int]:
+def _pilot(axis: DistAxis, device: torch.device) -> tuple[list[str], int]:
     """Return the dtypes that are fast here, and how many products take as long as a collective.
 
     On CPUs the CPU clock tells the dtypes: other work must not make one look emulated.
     """
-    jobs = [job for dtype in DTYPES for job in product_jobs(dtype, (PILOT,) * 3, device)]
-    jobs += overlap_jobs(axis, OVERLAPPED, device, 1)
-    found = clock.repeat(jobs, Effort(0.0, (), rounds=2))
+    pilot = _Rounds(device, overlap_jobs(axis, OVERLAPPED, device, 1))
+    for dtype in DTYPES:
+        pilot.jobs += product_jobs(dtype, (PILOT,) * 3, device)
+    pilot.repeat(Effort(0.0, (), rounds=2))
+    found = pilot.typical()
     flops = matmul_flops(PILOT, PILOT, PILOT)
     tried = {d: found[d, (PILOT,) * 3, 0] for d in DTYPES}
     taken = {d: s.cpu_s if device.type == "cpu" else s.seconds for d, s in tried.items()}
@@ -182,27 +211,35 @@ def _pilot(clock: _Rounds, axis: DistAxis, device: torch.device) -> tuple[list[s
 # Rounds ----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Rounds:
-    """Run jobs round after round on all ranks of the process group."""
+    """Jobs that all ranks of the process group run in turn, and what each round of them took."""
 
     device: torch.device
+    jobs: list[Job] = field(default_factory=list)
+    taken: list[list[Seconds]] = field(default_factory=list)
 
-    def repeat(self, jobs: Sequence[Job], effort: Effort) -> Samples:
-        """Return the typical seconds of each job; the first round only warms up."""
+    def repeat(self, effort: Effort) -> None:
+        """Run rounds until the time is used; the first only warms up."""
         start = time.perf_counter()
-        self._round(jobs)
-        rounds = []
+        self._round()
         for made in range(10 * effort.rounds):
             left = effort.seconds - (time.perf_counter() - start)
             if made >= effort.rounds and not from_rank_0(left > 0):
                 break
-            rounds.append(self._round(jobs))
-        everyone = gathered(rounds)
-        return {job.key: _typical(everyone, k) for k, job in enumerate(jobs)}
+            self.again()
 
-    def _round(self, jobs: Sequence[Job]) -> list[Seconds]:
-        return [self._sample(job) for job in jobs]
+    def again(self) -> None:
+        """Run one more round."""
+        self.taken.append(self._round())
+
+    def typical(self) -> Samples:
+        """Return the typical seconds of each job."""
+        everyone = gathered(self.taken)
+        return {job.key: _typical(everyone, k) for k, job in enumerate(self.jobs)}
+
+    def _round(self) -> list[Seconds]:
+        return [self._sample(job) for job in self.jobs]
 
     def _sample(self, job: Job) -> Seconds:
         dist.barrier()

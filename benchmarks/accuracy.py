@@ -4,9 +4,11 @@ Four gloo ranks. For each shape the machine is measured, on the CPU clock; then 
 `autotp.schemes`, and what the search picks by itself, is planned, run and compared with its plan:
 CPU-seconds per rank and step (AdamW included), bytes sent, and the most bytes that live at once on
 rank 0: parameters, the optimizer's states and all that operators made. All steps are taken in turn,
-round after round; of shapes too large for that in sets, whose seconds are scaled to those of the
-pick, which is in each. Prints one line per scheme, and per shape the rank correlation, the median
-errors and the regret: the measured time of the pick over the best measured. Writes one JSON.
+round after round, and in each round the machine is measured once more: its speed drifts, and plans
+are priced again by all that was measured while they ran. Shapes too large for that run in sets,
+whose seconds are scaled to those of the pick, which is in each. Prints one line per scheme, and per
+shape the rank correlation, the median errors and the regret: the measured time of the pick over the
+best measured. Writes one JSON.
 
     OMP_NUM_THREADS=1 python benchmarks/accuracy.py [--all] [--steps 3] [--out accuracy.json]
 """
@@ -17,7 +19,7 @@ import argparse
 import json
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -34,13 +36,17 @@ from autotp.cost_model.calibration import fit
 from autotp.cost_model.cluster import Cluster, gloo_loopback
 from autotp.launch import launch
 from autotp.live_bytes import LiveBytes
-from autotp.measure import QUICK, measure
+from autotp.measure import QUICK, Measuring
 from autotp.module import ParallelModule
+from autotp.options import Options
+from autotp.passes.planning import search_plan
+from autotp.reading import inferred
 from autotp.schemes import SCHEMES, scheme_pins
 
 RANKS, GRID = 4, (2, 2)
 PICK = "what autotp picks"
 WARM = "tiny"
+CLOCK = "measured_cpu_clock"
 SHORT = ("balanced",)
 
 
@@ -94,22 +100,47 @@ def ready(shape: str, scheme: str, cluster: Cluster) -> Ready | str:
 
 
 def run_set(
-    shape: str, schemes: Sequence[str], cluster: Cluster, steps: int
+    shape: str, schemes: Sequence[str], cluster: Cluster, steps: int, between: Callable[[], None]
 ) -> tuple[list[Ready], list[tuple[str, str, str]]]:
-    """Return what the steps of these schemes took, all in turn, and which were refused."""
+    """Return what the steps of these schemes took, all in turn, and which were refused.
+
+    `between` is called before each round.
+    """
     found = {scheme: ready(shape, scheme, cluster) for scheme in schemes}
     refused = [(shape, scheme, why) for scheme, why in found.items() if isinstance(why, str)]
     going = [r for r in found.values() if isinstance(r, Ready)]
     for _ in range(steps):
+        between()
         for r in going:
             r.step()  # its memory is warm, as in a loop of its own
             r.spent.append(spend(r.step))
     return going, refused
 
 
-def rows_of(shape: str, sets: Sequence[Sequence[Ready]]) -> list[Row]:
+def priced_again(shape: str, plans: Sequence[autotp.Plan], cluster: Cluster) -> list[autotp.Plan]:
+    """Return plans with the same layouts, and as much made again, priced for another cluster."""
+    model, inputs = SHAPES[shape].build()
+    found, out = inferred(model, (), inputs, Options()), []
+    for plan in plans:
+        rest = {name: r.layout for name, r in plan.params.items()}
+        out.append(search_plan(*found, plan.grid, cluster, _pins(plan), rest).plan)
+    return out
+
+
+def _pins(plan: autotp.Plan) -> dict[str, dict[str, str]]:
+    pins = {d.name: dict(zip(d.axes, d.choices, strict=True)) for d in plan}
+    again = {m.value for m in plan.moves if m.again}
+    names = [name for name, r in plan.params.items() if r.value in again]
+    for name in [*names, *(d.name for d in plan if d.again)]:
+        pins.setdefault(name, {})["backward"] = "again"
+    return pins
+
+
+def rows_of(shape: str, sets: Sequence[Sequence[Ready]], cluster: Cluster) -> list[Row]:
     """Return a row per scheme; seconds are scaled to those of the pick in the first set."""
     rows: dict[str, Row] = {}
+    plans = {r.scheme: r.plan for mine in sets for r in mine}
+    priced = dict(zip(plans, priced_again(shape, list(plans.values()), cluster), strict=True))
     for mine in sets:
         scale = _seconds(sets[0][0])[0] / _seconds(mine[0])[0]
         for r in mine:
@@ -119,7 +150,7 @@ def rows_of(shape: str, sets: Sequence[Sequence[Ready]]) -> list[Row]:
                 Row(
                     shape,
                     r.scheme,
-                    plan.step_time_s,
+                    priced[r.scheme].step_time_s,
                     cpu_s * scale,
                     wall_s * scale,
                     float(plan.comm_bytes),
@@ -140,27 +171,31 @@ def _seconds(r: Ready) -> tuple[float, float]:
 def work(
     shapes: Sequence[str], schemes: Sequence[str], steps: int, seconds: float
 ) -> tuple[list[Row], list[tuple[str, str, str]], dict[str, Any]]:
-    """For every shape measure the machine, then every scheme; every rank calls it."""
+    """For every shape measure the machine and every scheme; rank 0 has the rows."""
     dist.init_process_group("gloo")
     rows: list[Row] = []
     refused, measured = [], {}
-    run_set(WARM, ["megatron"], gloo_loopback(), steps=1)  # what is imported late counts for none
+    run_set(WARM, ["megatron"], gloo_loopback(), 1, _done)  # what is imported late counts for none
     for shape in shapes:
-        found = measure(replace(QUICK, seconds=seconds), torch.device("cpu"))
-        cluster, measured[shape] = fit(found, "measured_cpu_clock", "cpu"), asdict(found)
+        measuring = Measuring(QUICK.sizes, torch.device("cpu"))
+        measuring.repeat(replace(QUICK, seconds=seconds))
+        cluster = fit(measuring.found(), CLOCK, "cpu")
         sets = []
         for names in sets_of(schemes, PICK, SHAPES[shape].together // 2):
-            going, missing = run_set(shape, names, cluster, steps)
+            going, missing = run_set(shape, names, cluster, steps, measuring.again)
             refused += missing
             sets.append([replace(r, step=_done) for r in going])  # lets go of the model
-        mine = rows_of(shape, sets)
-        rows += mine
+        found = measuring.found()
+        measured[shape] = asdict(found)
         if dist.get_rank() == 0:
+            mine = rows_of(shape, sets, fit(found, CLOCK, "cpu"))
             print(*map(line, mine), sep="\n", flush=True)
+            rows += mine
+        measuring.leave()
     return rows, refused, measured
 
 
-def _done() -> float:
+def _done() -> Any:
     return 0.0
 
 
@@ -193,7 +228,7 @@ def main() -> None:
     parser.add_argument("--schemes", nargs="+", choices=[*SCHEMES, PICK], default=[*SCHEMES, PICK])
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument(
-        "--seconds", type=float, default=8.0, help="of measuring the machine per shape"
+        "--seconds", type=float, default=4.0, help="of measuring the machine first, per shape"
     )
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
