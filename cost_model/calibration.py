@@ -90,10 +90,11 @@ class Overlap:
     product: Seconds
     both: Seconds
 
-    def share(self, clock: Clock) -> float:
-        """Return the share of the shorter one that is hidden: of CPU-seconds next to nothing."""
-        alone = [_of(s, clock) for s in (self.collective, self.product)]
-        return min(1.0, max(0.0, (sum(alone) - _of(self.both, clock)) / min(alone)))
+    @property
+    def share(self) -> float:
+        """The share of the shorter one that is hidden."""
+        alone = self.collective.seconds, self.product.seconds
+        return min(1.0, max(0.0, (sum(alone) - self.both.seconds) / min(alone)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +135,8 @@ def typical(repeats: Sequence[float]) -> float:
 def fit(measured: Measured, name: str, clock: Clock = "wall") -> Cluster:
     """Return the cluster that these timings describe.
 
-    Every rate is what a rank reaches while all others do the same.
+    Every rate is what a rank reaches while all others do the same. CPU-seconds add up: on that
+    clock nothing is hidden.
     """
     links, measured = _links(measured, clock), _at_once(measured)
     inside = links.get("inside") or links["between"]
@@ -154,7 +156,7 @@ def fit(measured: Measured, name: str, clock: Clock = "wall") -> Cluster:
         narrow_flops_per_s=tuple(pair for pair in ladders if len(pair[1]) > 1),
         function_bytes_per_s=_stream_rate(measured.streams, ("gelu",), clock),
         attention_flops_per_s=tuple((t.dtype, t.flops / _of(t, clock)) for t in measured.attention),
-        overlap=measured.overlap.share(clock) if measured.overlap else 0.0,
+        overlap=measured.overlap.share if measured.overlap and clock == "wall" else 0.0,
         update_s=each_s,
         update_bytes_per_s=update_rate,
     )
