@@ -10,7 +10,10 @@ whose seconds are scaled to those of the pick, which is in each. Prints one line
 shape the rank correlation, the median errors and the regret: the measured time of the pick over the
 best measured. Writes one JSON.
 
-    OMP_NUM_THREADS=1 python benchmarks/accuracy.py [--all] [--steps 3] [--out accuracy.json]
+With `--link` all traffic passes one link of --rate, in a private network, and seconds are those of
+the wall: measured, planned by and compared.
+
+    OMP_NUM_THREADS=1 python benchmarks/accuracy.py [--all] [--steps 3] [--link] [--out FILE]
 """
 
 from __future__ import annotations
@@ -27,12 +30,13 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from gauges import Spent, Step, spend
+from links import GIGABIT, limit, missing, private_network
 from scipy.stats import spearmanr
 from shapes import MEASURED, SHAPES
 from variants import sets_of, training_step
 
 import autotp
-from autotp.cost_model.calibration import fit
+from autotp.cost_model.calibration import Clock, fit
 from autotp.cost_model.cluster import Cluster, gloo_loopback
 from autotp.launch import launch
 from autotp.live_bytes import LiveBytes
@@ -46,19 +50,18 @@ from autotp.schemes import SCHEMES, scheme_pins
 RANKS, GRID = 4, (2, 2)
 PICK = "what autotp picks"
 WARM = "tiny"
-CLOCK = "measured_cpu_clock"
 SHORT = ("balanced",)
+NAMES: dict[Clock, str] = {"cpu": "measured_cpu_clock", "wall": "measured_wall_clock"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One scheme on one shape, predicted and measured, per rank and step."""
+    """One scheme on one shape, predicted and measured by one clock, per rank and step."""
 
     shape: str
     scheme: str
     predicted_s: float
-    cpu_s: float
-    wall_s: float
+    measured_s: float
     predicted_bytes: float
     sent_bytes: float
     predicted_memory: float
@@ -136,23 +139,24 @@ def _pins(plan: autotp.Plan) -> dict[str, dict[str, str]]:
     return pins
 
 
-def rows_of(shape: str, sets: Sequence[Sequence[Ready]], cluster: Cluster) -> list[Row]:
+def rows_of(
+    shape: str, sets: Sequence[Sequence[Ready]], cluster: Cluster, clock: Clock
+) -> list[Row]:
     """Return a row per scheme; seconds are scaled to those of the pick in the first set."""
     rows: dict[str, Row] = {}
     plans = {r.scheme: r.plan for mine in sets for r in mine}
     priced = dict(zip(plans, priced_again(shape, list(plans.values()), cluster), strict=True))
     for mine in sets:
-        scale = _seconds(sets[0][0])[0] / _seconds(mine[0])[0]
+        scale = _seconds(sets[0][0], clock) / _seconds(mine[0], clock)
         for r in mine:
-            (cpu_s, wall_s), plan = _seconds(r), r.plan
+            plan = r.plan
             rows.setdefault(
                 r.scheme,
                 Row(
                     shape,
                     r.scheme,
                     priced[r.scheme].step_time_s,
-                    cpu_s * scale,
-                    wall_s * scale,
+                    _seconds(r, clock) * scale,
                     float(plan.comm_bytes),
                     r.sent_bytes,
                     plan.memory.at_once,
@@ -162,24 +166,28 @@ def rows_of(shape: str, sets: Sequence[Sequence[Ready]], cluster: Cluster) -> li
     return list(rows.values())
 
 
-def _seconds(r: Ready) -> tuple[float, float]:
-    """Return the median CPU-seconds per rank and wall seconds of a step."""
-    cpu_s = statistics.median(s.cpu_s for s in r.spent) / RANKS
-    return cpu_s, statistics.median(s.wall_s for s in r.spent)
+def _seconds(r: Ready, clock: Clock) -> float:
+    """Return the median seconds of a step: wall, or CPU-seconds per rank."""
+    if clock == "wall":
+        return statistics.median(s.wall_s for s in r.spent)
+    return statistics.median(s.cpu_s for s in r.spent) / RANKS
 
 
 def work(
-    shapes: Sequence[str], schemes: Sequence[str], steps: int, seconds: float
+    shapes: Sequence[str], schemes: Sequence[str], steps: int, seconds: float, rate: str
 ) -> tuple[list[Row], list[tuple[str, str, str]], dict[str, Any]]:
     """For every shape measure the machine and every scheme; rank 0 has the rows."""
     dist.init_process_group("gloo")
     rows: list[Row] = []
     refused, measured = [], {}
     run_set(WARM, ["megatron"], gloo_loopback(), 1, _done)  # what is imported late counts for none
+    clock: Clock = "wall" if rate else "cpu"
+    if rate and dist.get_rank() == 0:
+        limit("lo", rate)
     for shape in shapes:
         measuring = Measuring(QUICK.sizes, torch.device("cpu"))
         measuring.repeat(replace(QUICK, seconds=seconds))
-        cluster = fit(measuring.found(), CLOCK, "cpu")
+        cluster = fit(measuring.found(), NAMES[clock], clock)
         sets = []
         for names in sets_of(schemes, PICK, SHAPES[shape].together // 2):
             going, missing = run_set(shape, names, cluster, steps, measuring.again)
@@ -188,7 +196,7 @@ def work(
         found = measuring.found()
         measured[shape] = asdict(found)
         if dist.get_rank() == 0:
-            mine = rows_of(shape, sets, fit(found, CLOCK, "cpu"))
+            mine = rows_of(shape, sets, fit(found, NAMES[clock], clock), clock)
             print(*map(line, mine), sep="\n", flush=True)
             rows += mine
         measuring.leave()
@@ -200,7 +208,8 @@ def _done() -> Any:
 
 
 def line(row: Row) -> str:
-    times = f"{row.predicted_s:8.3f} s {row.cpu_s:8.3f} s {row.predicted_s / row.cpu_s:6.2f}"
+    ratio = row.predicted_s / row.measured_s
+    times = f"{row.predicted_s:8.3f} s {row.measured_s:8.3f} s {ratio:6.2f}"
     sent = f"{row.predicted_bytes / 1e6:8.2f} {row.sent_bytes / 1e6:8.2f} MB"
     memory = f"{row.predicted_memory / 1e6:7.0f} {row.live_memory / 1e6:7.0f} MB"
     return f"{row.shape:<17} {row.scheme:<18} {times}  {sent}  {memory}"
@@ -208,16 +217,18 @@ def line(row: Row) -> str:
 
 def summary(rows: list[Row]) -> dict[str, float]:
     """Return how well one shape's schemes are ordered and met, and the regret of the pick."""
-    predicted, measured = [r.predicted_s for r in rows], [r.cpu_s for r in rows]
+    predicted, measured = [r.predicted_s for r in rows], [r.measured_s for r in rows]
     pick = next((r for r in rows if r.scheme == PICK), min(rows, key=lambda r: r.predicted_s))
     return {
         "spearman": float(spearmanr(predicted, measured).statistic),
-        "time_error": statistics.median(abs(r.predicted_s / r.cpu_s - 1) for r in rows),
+        "time_error": statistics.median(abs(r.predicted_s / r.measured_s - 1) for r in rows),
         "memory_error": statistics.median(
             abs(r.predicted_memory / r.live_memory - 1) for r in rows
         ),
-        "bytes_error": max(abs(r.predicted_bytes / r.sent_bytes - 1) for r in rows),
-        "regret": pick.cpu_s / min(measured) - 1,
+        "bytes_error": max(
+            abs(r.predicted_bytes - r.sent_bytes) / max(1.0, r.sent_bytes) for r in rows
+        ),
+        "regret": pick.measured_s / min(measured) - 1,
     }
 
 
@@ -230,11 +241,18 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=4.0, help="of measuring the machine first, per shape"
     )
+    parser.add_argument("--link", action="store_true", help="wall seconds on a limited link")
+    parser.add_argument("--rate", default=GIGABIT, help="of that link, as tc spells it")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     shapes = MEASURED if args.all else tuple(args.shapes)
+    if args.link:
+        if why_not := missing():
+            raise SystemExit(f"there can be no limited link: {why_not}")
+        private_network()
+    rate = args.rate if args.link else ""
     print(f"{'':36} predicted   measured  ratio    bytes sent: both      memory: both")
-    found = launch(work, RANKS, shapes, tuple(args.schemes), args.steps, args.seconds)
+    found = launch(work, RANKS, shapes, tuple(args.schemes), args.steps, args.seconds, rate)
     rows, refused, measured = found[0]
     for shape, scheme, why in refused:
         print(f"{shape:<17} {scheme:<18} refused: {why}")
