@@ -29,7 +29,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from gauges import Spent, Step, spend
+from gauges import Spent, Step, keep_memory, spend
 from links import GIGABIT, limit, missing, private_network
 from scipy.stats import spearmanr
 from shapes import MEASURED, SHAPES
@@ -115,7 +115,6 @@ def run_set(
     for _ in range(steps):
         between()
         for r in going:
-            r.step()  # its memory is warm, as in a loop of its own
             r.spent.append(spend(r.step))
     return going, refused
 
@@ -178,6 +177,7 @@ def work(
 ) -> tuple[list[Row], list[tuple[str, str, str]], dict[str, Any]]:
     """For every shape measure the machine and every scheme; rank 0 has the rows."""
     dist.init_process_group("gloo")
+    keep_memory()
     rows: list[Row] = []
     refused, measured = [], {}
     run_set(WARM, ["megatron"], gloo_loopback(), 1, _done)  # what is imported late counts for none

@@ -33,7 +33,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from gauges import Spent, Step, peak_bytes, reset_peak, resident_bytes, spend
+from gauges import Spent, Step, keep_memory, peak_bytes, reset_peak, resident_bytes, spend
 from links import GIGABIT, limit, missing, private_network
 from shapes import MEASURED, SHAPES
 from variants import PLANNED, REFERENCE, VARIANTS, Refused, sets_of, training_step
@@ -87,6 +87,7 @@ class Row:
 def work(shapes: Sequence[str], names: Sequence[str], options: Options) -> list[list[Row]]:
     """Run all shapes, and print each as it is done; every rank calls it."""
     dist.init_process_group("gloo")
+    keep_memory()
     clusters = {link: _measured(link, options) for link in options.links}
     out = []
     for shape in shapes:
