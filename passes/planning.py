@@ -324,11 +324,15 @@ def _memory(resting: Collection[Resting], again: Again, shards: int, at_once: in
 def _repeats(
     model: Model, tables: Mapping[str, Table], picks: Mapping[str, int], network: Network
 ) -> Repeats:
-    """Return what it costs to make again."""
+    """Return what it costs to make again; ops of one table, as those of repeated layers, alike."""
+    known: dict[tuple[Table, int], float] = {}
 
     def op_s(n: int) -> float:
         op = network.ops[n]
-        return repeat_s(op, tables[op.name], picks[op.name], model.moves)
+        key = tables[op.name], picks[op.name]
+        if key not in known:
+            known[key] = repeat_s(op, *key, model.moves)
+        return known[key]
 
     return Repeats(op_s, model.moves)
 

@@ -11,7 +11,7 @@ import pytest
 
 from autotp.errors import BudgetError
 from autotp.passes.search.dominance import contenders, factors_of, reduce_to_core, undominated
-from autotp.passes.search.elimination import plan_elimination
+from autotp.passes.search.elimination import back_substitute, plan_elimination, run
 from autotp.passes.search.ilp import solve_ilp
 from autotp.passes.search.solve import Problem, solve
 
@@ -75,6 +75,18 @@ def test_equals_brute_force(seed):
     assert solution.lower_bound_s == solution.cost_s and solution.method == "elimination"
     if np.isfinite(solution.cost_s):
         assert problem.seconds(solution.choice) == solution.cost_s
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_first_choices_that_cost_least_are_taken_as_the_elimination_takes_them(seed):
+    problem = random_problem(seed)
+    for table in (*problem.unary, *(t for _, _, t in problem.pairs)):
+        table.flat[0] = table.min()
+    factors, leaves = factors_of(problem)
+    plan = plan_elimination(problem.sizes, factors, [t.shape for t in leaves], 2**24)
+    solution = solve(problem)
+    assert solution.choice == back_substitute(plan, run(plan, leaves), len(problem.sizes))
+    assert solution.lower_bound_s == solution.cost_s == problem.seconds(solution.choice)
 
 
 @pytest.mark.parametrize("seed", range(60))
