@@ -134,6 +134,8 @@ class Moves:
     _elements: dict[tuple[Shape, Layout], int] = field(default_factory=dict)
     _between: dict[tuple[MoveTable, Column, Column], np.ndarray] = field(default_factory=dict)
     _closed: dict[bytes, np.ndarray] = field(default_factory=dict)
+    _paths: dict[tuple[MoveTable, Layout, Layout], list[Step]] = field(default_factory=dict)
+    _algorithms: dict[tuple[str, int, int], str] = field(default_factory=dict)
 
     def as_seen(self, seen: Mapping[Kind, Seen]) -> Moves:
         """Return these prices with moves as some plan pays them; nothing priced is kept."""
@@ -270,8 +272,12 @@ class Moves:
 
     def algorithm(self, kind: str, size_bytes: int, axis: int) -> str:
         """Return the algorithm that `kind_s` is the price of, "" for the plain one."""
-        link, ranks = self.cluster.link(self.grid.sizes, axis), self.grid.sizes[axis]
-        return fastest(kind, size_bytes, ranks, link, self.cluster.backend)
+        key = (kind, size_bytes, axis)
+        if key not in self._algorithms:
+            link, ranks = self.cluster.link(self.grid.sizes, axis), self.grid.sizes[axis]
+            found = fastest(kind, size_bytes, ranks, link, self.cluster.backend)
+            self._algorithms[key] = found
+        return self._algorithms[key]
 
     def share_s(self, kind: str, size_bytes: int, axis: int) -> float:
         """Return the seconds of one collective that others may share: its part of a full one.
@@ -304,7 +310,15 @@ class Moves:
     def path(
         self, table: MoveTable, before: Layout, after: Layout, shape: Shape, dtype: torch.dtype
     ) -> list[Step]:
-        """Return the steps of the cheapest way between two layouts."""
+        """Return the steps of the cheapest way between two layouts of the value of a table."""
+        key = (table, before, after)
+        if key not in self._paths:
+            self._paths[key] = self._find_path(*key, shape, dtype)
+        return self._paths[key]
+
+    def _find_path(
+        self, table: MoveTable, before: Layout, after: Layout, shape: Shape, dtype: torch.dtype
+    ) -> list[Step]:
         steps = []
         at, end = table.number[before], table.number[after]
         while at != end:
