@@ -202,7 +202,7 @@ class Moves:
             ranks = self.grid.sizes[c.axis]
             size = wire_bytes(c.before, c.after, held[c.starts], held[c.ends], ranks)
             seconds[c.starts, c.ends] = self._edge_s(c.axis, c.before, c.after, size, grad, ways)
-        key = hashlib.blake2b(seconds).digest()  # values of other dims may move alike
+        key = hashlib.blake2b(seconds.tobytes()).digest()  # values of other dims may move alike
         if key not in self._closed:
             self._closed[key] = closed(seconds)
         return MoveTable(space, seconds, self._closed[key])
