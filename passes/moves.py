@@ -7,6 +7,7 @@ priced forward and backward; `Moves.table` holds the cheapest way between any tw
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -132,6 +133,9 @@ class Moves:
     _places: dict[tuple[Space, Column], np.ndarray] = field(default_factory=dict)
     _elements: dict[tuple[Shape, Layout], int] = field(default_factory=dict)
     _between: dict[tuple[MoveTable, Column, Column], np.ndarray] = field(default_factory=dict)
+    _closed: dict[bytes, np.ndarray] = field(default_factory=dict)
+    _paths: dict[tuple[MoveTable, Layout, Layout], list[Step]] = field(default_factory=dict)
+    _algorithms: dict[tuple[str, int, int], str] = field(default_factory=dict)
 
     def as_seen(self, seen: Mapping[Kind, Seen]) -> Moves:
         """Return these prices with moves as some plan pays them; nothing priced is kept."""
@@ -198,7 +202,10 @@ class Moves:
             ranks = self.grid.sizes[c.axis]
             size = wire_bytes(c.before, c.after, held[c.starts], held[c.ends], ranks)
             seconds[c.starts, c.ends] = self._edge_s(c.axis, c.before, c.after, size, grad, ways)
-        return MoveTable(space, seconds, closed(seconds))
+        key = hashlib.blake2b(seconds.tobytes()).digest()  # values of other dims may move alike
+        if key not in self._closed:
+            self._closed[key] = closed(seconds)
+        return MoveTable(space, seconds, self._closed[key])
 
     def _space(self, shape: Shape, options: AxisTypes) -> Space:
         """Return the legal layouts of a shape, the same for all shapes that have the same."""
@@ -265,8 +272,12 @@ class Moves:
 
     def algorithm(self, kind: str, size_bytes: int, axis: int) -> str:
         """Return the algorithm that `kind_s` is the price of, "" for the plain one."""
-        link, ranks = self.cluster.link(self.grid.sizes, axis), self.grid.sizes[axis]
-        return fastest(kind, size_bytes, ranks, link, self.cluster.backend)
+        key = (kind, size_bytes, axis)
+        if key not in self._algorithms:
+            link, ranks = self.cluster.link(self.grid.sizes, axis), self.grid.sizes[axis]
+            found = fastest(kind, size_bytes, ranks, link, self.cluster.backend)
+            self._algorithms[key] = found
+        return self._algorithms[key]
 
     def share_s(self, kind: str, size_bytes: int, axis: int) -> float:
         """Return the seconds of one collective that others may share: its part of a full one.
@@ -299,7 +310,15 @@ class Moves:
     def path(
         self, table: MoveTable, before: Layout, after: Layout, shape: Shape, dtype: torch.dtype
     ) -> list[Step]:
-        """Return the steps of the cheapest way between two layouts."""
+        """Return the steps of the cheapest way between two layouts of the value of a table."""
+        key = (table, before, after)
+        if key not in self._paths:
+            self._paths[key] = self._find_path(*key, shape, dtype)
+        return self._paths[key]
+
+    def _find_path(
+        self, table: MoveTable, before: Layout, after: Layout, shape: Shape, dtype: torch.dtype
+    ) -> list[Step]:
         steps = []
         at, end = table.number[before], table.number[after]
         while at != end:
@@ -324,12 +343,15 @@ def closed(single: np.ndarray) -> np.ndarray:
     """Return the seconds of the cheapest ways, given those of single moves.
 
     Source: Floyd 1962, "Algorithm 97: Shortest path".
+
+    By torch, whose loops over broadcast doubles take about half of numpy's time.
     """
-    seconds, through = single.copy(), np.empty_like(single)
+    seconds = torch.from_numpy(single.copy())
+    through = torch.empty_like(seconds)
     for mid in range(len(seconds)):
-        np.add(seconds[:, mid : mid + 1], seconds[mid : mid + 1, :], out=through)
-        np.minimum(seconds, through, out=seconds)
-    return seconds
+        torch.add(seconds[:, mid : mid + 1], seconds[mid : mid + 1], out=through)
+        torch.minimum(seconds, through, out=seconds)
+    return seconds.numpy()
 
 
 Bytes = TypeVar("Bytes", int, np.ndarray)

@@ -20,6 +20,7 @@ from autotp.grid import Grid
 from autotp.layouts import I, Layout
 from autotp.passes.again import Again, Asked, Repeats, choose
 from autotp.passes.calls import Case, Kept, called
+from autotp.passes.choices import Strategy
 from autotp.passes.coalesce import Coalesced
 from autotp.passes.explain import RunnersUp
 from autotp.passes.factors import Factors
@@ -81,7 +82,8 @@ def search_plan(
     """Return the cheapest plan of `program` on `grid` that the pins allow.
 
     `rest` fixes the resting layouts of parameters by name: those of a plan for the other mode.
-    With `quick` no smaller plan is asked for where none is small enough, nor one at best prices.
+    With `quick` no smaller plan is asked for where none is small enough, nor one at best prices,
+    and neither notes nor the most bytes at one moment are worked out.
 
     Raises PinError, and BudgetError where no plan fits the memory of a rank.
     """
@@ -102,7 +104,7 @@ def search_plan(
 
     def found_in(model: Model) -> Found:
         given = program, network, factors, model
-        read = reader(lambda s: read_plan(*given, s, grid, cluster, backward, wanted))
+        read = reader(lambda s: read_plan(*given, s, grid, cluster, backward, wanted, quick))
         solution = solve_within(model.problem, budget(cluster), read, 0 if quick else ROUNDS)
         return Found(model, solution, read)
 
@@ -119,7 +121,7 @@ def search_plan(
     runners_up = RunnersUp(found.model, found.solution, ops, budget(cluster), found.read)
     with stage("schedule"):
         wanted.refuse_unmet(found.plan)
-        notes = notes_of(program, network, factors, grid)
+        notes = () if quick else notes_of(program, network, factors, grid)
         plan = replace(found.plan, alternatives=runners_up, notes=notes)
     return Planned(plan, network, factors, found.model, found.solution)
 
@@ -138,6 +140,7 @@ def read_plan(
     cluster: Cluster,
     backward: Mapping[str, str] | None = None,
     wanted: Wanted | None = None,
+    quick: bool = False,
 ) -> Plan:
     """Return a solution as a Plan; pins say what backward makes again, and how products move."""
     chosen = list(zip(model.variables, solution.choice, strict=True))
@@ -146,8 +149,9 @@ def read_plan(
     copies = {v.name: v.table.results[0][k] for v, k in chosen if v.kind == "copy"}
     rest = {v.name: v.table.results[0][k] for v, k in chosen if v.kind == "rest"}
     given = program, network, factors
-    chosen_in = ((op, tables[op.name], picks[op.name]) for op in network.ops)
-    decisions = tuple(_decision(*given, *found, grid) for found in chosen_in)
+    picked = [(tables[op.name], picks[op.name]) for op in network.ops]
+    ways = _ways(picked)
+    decisions = _decisions(*given, ways, picked, grid)
     whole = (I,) * len(grid.sizes)
     sources = {s: rest.get(s, whole) for s in network.sources}
     outputs = _outputs(network, model, decisions, sources, copies, whole)
@@ -164,8 +168,7 @@ def read_plan(
     moved, priced = called(case, pairs, wanted)
     shards = kept_by_rings(copies_, moved.moves)
     searched_s = sum(model.searched_s(m, network.values[m.value]) for m in apart)
-    ways = [tables[op.name].strategies[picks[op.name]] for op in network.ops]
-    at_once = _at_once(network, decisions, moved, outputs, rest, params, model.moves)
+    at_once = _at_once(network, decisions, moved, outputs, rest, params, model.moves, quick)
     return Plan(
         grid=grid,
         cluster=cluster.name,
@@ -195,16 +198,28 @@ def _apart(network: Network, model: Model, needs: Mapping[str, Needs]) -> tuple[
     return schedule(network, needs, tables, model.moves)
 
 
+def _decisions(
+    program: Program,
+    network: Network,
+    factors: Factors,
+    ways: Sequence[Strategy],
+    picked: Sequence[tuple[Table, int]],
+    grid: Grid,
+) -> tuple[Decision, ...]:
+    decided = zip(network.ops, ways, picked, strict=True)
+    return tuple(_decision(program, network, factors, *of, grid) for of in decided)
+
+
 def _decision(
     program: Program,
     network: Network,
     factors: Factors,
     op: Op,
-    table: Table,
-    pick: int,
+    s: Strategy,
+    picked: tuple[Table, int],
     grid: Grid,
 ) -> Decision:
-    s = table.strategies[pick]
+    table, pick = picked
     shapes = tuple(examples(network.values[v].shape) for v in op.results)
     return Decision(
         name=program.names[op.name],
@@ -229,6 +244,12 @@ def _decision(
         flops=table.flops,
         region=op.region,
     )
+
+
+def _ways(picked: Sequence[tuple[Table, int]]) -> list[Strategy]:
+    """Return the strategy that each op picked of its table; repeated layers share theirs."""
+    spelled = {(table, pick): table.strategies[pick] for table, pick in dict.fromkeys(picked)}
+    return [spelled[one] for one in picked]
 
 
 def _outputs(
@@ -292,8 +313,11 @@ def _at_once(
     rest: Mapping[str, Layout],
     params: Mapping[str, Resting],
     prices: Moves,
-) -> int:
-    """Return the most bytes at one moment, beside parameters and states."""
+    quick: bool,
+) -> int | None:
+    """Return the most bytes at one moment, beside parameters and states; None if it is quick."""
+    if quick:
+        return None
 
     def local_bytes(value: str, layout: Layout) -> int:
         v = network.values[value]
@@ -305,30 +329,35 @@ def _at_once(
     return peak_bytes(network, decisions, *given, local_bytes, scratch, prices.cluster.backend)
 
 
-def _memory(resting: Collection[Resting], again: Again, shards: int, at_once: int) -> Memory:
+def _memory(resting: Collection[Resting], again: Again, shards: int, at_once: int | None) -> Memory:
     """Return the memory of a rank; what is made again is taken off the most that is at once.
 
-    `shards` are the bytes of those that rings keep besides.
+    `shards` are the bytes of those that rings keep besides. The peak is 0 without `at_once`.
     """
     trained = sum(r.local_bytes for r in resting if r.trained)
     parameters, states = sum(r.local_bytes for r in resting), ADAMW_STATES * trained
+    more = shards - again.freed_bytes
     return Memory(
         parameters=parameters,
         gradients=trained,
         optimizer=states,
         activations=again.held_bytes + shards,
-        peak=parameters + states + max(trained, at_once + shards - again.freed_bytes),
+        peak=0 if at_once is None else parameters + states + max(trained, at_once + more),
     )
 
 
 def _repeats(
     model: Model, tables: Mapping[str, Table], picks: Mapping[str, int], network: Network
 ) -> Repeats:
-    """Return what it costs to make again."""
+    """Return what it costs to make again; ops of one table, as those of repeated layers, alike."""
+    known: dict[tuple[Table, int], float] = {}
 
     def op_s(n: int) -> float:
         op = network.ops[n]
-        return repeat_s(op, tables[op.name], picks[op.name], model.moves)
+        key = tables[op.name], picks[op.name]
+        if key not in known:
+            known[key] = repeat_s(op, *key, model.moves)
+        return known[key]
 
     return Repeats(op_s, model.moves)
 

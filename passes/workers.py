@@ -19,8 +19,8 @@ from typing import TypeVar
 
 import torch
 
-PARALLEL_FROM = 8
-"""Items from which it pays to share them out."""
+PARALLEL_FROM = 4
+"""Items from which it pays to share them out: the grids of eight ranks, even of a small model."""
 
 MAX_WORKERS = 8
 """Each may need some hundred megabytes."""

@@ -80,12 +80,22 @@ class Orders:
 
 def minimise(problem: Problem, orders: Orders) -> Found:
     """Return the minimum: of contenders where choices are many, else of all."""
+    if _are_first_least(problem):
+        first = (0,) * len(problem.sizes)
+        cost = problem.seconds(first)
+        return Found(first, cost, cost, 0)
     if max((t.size for _, _, t in problem.pairs), default=0) < CROWDED:
         return _minimise(problem, orders)
     small, kept = contenders(problem)
     found = _minimise(small, orders)
     choice = tuple(int(k[c]) for k, c in zip(kept, found.choice, strict=True))
     return replace(found, choice=choice)
+
+
+def _are_first_least(problem: Problem) -> bool:
+    """Say whether every first choice is among the cheapest, alone and beside all others."""
+    alone = all(u[0] <= u.min() for u in problem.unary)
+    return alone and all(t[0, 0] <= t.min() for _, _, t in problem.pairs)
 
 
 def _minimise(problem: Problem, orders: Orders) -> Found:

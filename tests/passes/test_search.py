@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from autotp.errors import BudgetError
+from autotp.passes.search import elimination
 from autotp.passes.search.dominance import contenders, factors_of, reduce_to_core, undominated
-from autotp.passes.search.elimination import plan_elimination
+from autotp.passes.search.elimination import back_substitute, plan_elimination, run
 from autotp.passes.search.ilp import solve_ilp
 from autotp.passes.search.solve import Problem, solve
 
@@ -75,6 +76,45 @@ def test_equals_brute_force(seed):
     assert solution.lower_bound_s == solution.cost_s and solution.method == "elimination"
     if np.isfinite(solution.cost_s):
         assert problem.seconds(solution.choice) == solution.cost_s
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_first_choices_that_cost_least_are_taken_as_the_elimination_takes_them(seed):
+    problem = random_problem(seed)
+    for table in (*problem.unary, *(t for _, _, t in problem.pairs)):
+        table.flat[0] = table.min()
+    factors, leaves = factors_of(problem)
+    plan = plan_elimination(problem.sizes, factors, [t.shape for t in leaves], 2**24)
+    solution = solve(problem)
+    assert solution.choice == back_substitute(plan, run(plan, leaves), len(problem.sizes))
+    assert solution.lower_bound_s == solution.cost_s == problem.seconds(solution.choice)
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        [(40,)],
+        [(40, 130)],
+        [(40, 1, 7), (40, 130, 1)],
+        [(17, 1, 1), (17, 130, 1), (17, 1, 7), (17, 130, 7)],
+        [
+            (33, 1, 1, 1),
+            (33, 5, 1, 1),
+            (33, 1, 66, 1),
+            (33, 5, 66, 1),
+            (33, 5, 1, 3),
+            (33, 1, 1, 3),
+        ],
+        [(20, 70, 9), (20, 1, 9), (20, 70, 1)],
+    ],
+)
+def test_a_minimum_in_parts_is_that_of_the_whole_sum(shapes, monkeypatch):
+    r = np.random.default_rng(0)
+    views = [r.random(shape) for shape in shapes]
+    views = [np.where(r.random(view.shape) < 0.1, np.inf, view) for view in views]
+    whole = elimination._sum(views).min(axis=0)
+    monkeypatch.setattr(elimination, "BLOCK", 0)
+    assert np.array_equal(elimination._minimum(views, whole.size * len(views[0])), whole)
 
 
 @pytest.mark.parametrize("seed", range(60))
