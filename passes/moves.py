@@ -3,6 +3,8 @@
 A value's layouts form a graph whose edges change the type of one axis (`layouts.MOVES`), each
 priced forward and backward; `Moves.table` holds the cheapest way between any two of them, and
 `path` spells it out. Prices are those of one rank, the largest.
+
+    move_s    the collectives of one move, and a copy for each end whose chunks lie apart in memory
 """
 
 from __future__ import annotations
@@ -10,9 +12,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -32,7 +34,8 @@ from autotp.layouts import (
     largest_shape,
     move_of,
 )
-from autotp.passes.sharing import Best, Seen, best_s
+from autotp.passes.move_table import Column, MoveTable, closed
+from autotp.passes.sharing import Best, Seen, best_s, may_ring
 from autotp.passes.spaces import AxisTypes, Space, elements, legal, picks_of, space
 
 FULL = 3
@@ -53,62 +56,29 @@ class Step:
     size_bytes: int
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Column:
-    """The layouts of one operand or result under each choice: long, and so compared by identity.
-
-    distinct   the layouts, in the order of their first choice
-    which      the number of its layout, per choice
-    """
-
-    distinct: tuple[Layout, ...]
-    which: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.which)
-
-    def __iter__(self) -> Iterator[Layout]:
-        return map(self.distinct.__getitem__, self.which.tolist())
-
-    def __getitem__(self, choice: int) -> Layout:
-        return self.distinct[self.which[choice]]
-
-
 Kind = tuple[str, str, str]
 """What moves, a parameter or an activation, and the collectives forward and backward."""
 
-TIE = 1e-12
-"""Share by which ways that cost the same may differ."""
+ENDS = (0, 1, 2)
+"""How many ends of a move may lie apart in memory."""
+
+IN_ORDER = frozenset(["all_gather", "all_to_all", "reduce_scatter"])
+"""Collectives over buffers that number the ranks first: chunks of inner dims are copied there."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class MoveTable:
-    """The cheapest ways between all layouts of one value.
+class Ways(NamedTuple):
+    """How the moves of a value are priced: see `Moves.table`."""
 
-    single    [from, to] seconds of one move, inf where there is none
-    seconds   [from, to] of the cheapest way, inf where there is none
-    """
+    again: bool = False
+    best: Best | None = None
+    is_put: bool = False
 
-    space: Space
-    single: np.ndarray
-    seconds: np.ndarray
 
-    @property
-    def layouts(self) -> tuple[Layout, ...]:
-        """All layouts that the value may have."""
-        return self.space.layouts
-
-    @property
-    def number(self) -> Mapping[Layout, int]:
-        """The place of each layout."""
-        return self.space.number
-
-    def following(self, at: int, end: int) -> int:
-        """Return the first step from one layout to another: at once, else the lowest of equals."""
-        costs = self.single[at] + self.seconds[:, end]
-        costs[at] = np.inf
-        cheapest = costs <= costs.min() * (1 + TIE)
-        return end if cheapest[end] else int(np.argmax(cheapest))
+def apart_in(shape: Shape, t: AxisType) -> bool:
+    """Say whether the chunks that ranks hold of a tensor, each whole, would lie apart in it."""
+    if not isinstance(t, Shard):
+        return False
+    return bool(t.parts) or math.prod(int(n) for n in shape[: t.dim]) > 1
 
 
 Seconds = Callable[[str, int, int, Link, str], float]
@@ -119,12 +89,14 @@ Seconds = Callable[[str, int, int, Link, str], float]
 class Moves:
     """Price the moves of values on one grid of one cluster; tables are computed once per shape.
 
-    `shared_bytes` are those of all values that may share calls, `seen` what plans pay of moves.
+    `shared_bytes` are those of all values that may share calls, the parameters; `seen` is what
+    plans pay of moves.
     """
 
     grid: Grid
     cluster: Cluster
     shared_bytes: int = 0
+    params: Collection[str] = ()
     seen: Mapping[Kind, Seen] | None = None
     _tables: dict[tuple[object, ...], MoveTable] = field(default_factory=dict)
     _columns: dict[tuple[tuple[Layout, ...], bytes], Column] = field(default_factory=dict)
@@ -139,7 +111,8 @@ class Moves:
 
     def as_seen(self, seen: Mapping[Kind, Seen]) -> Moves:
         """Return these prices with moves as some plan pays them; nothing priced is kept."""
-        return Moves(self.grid, self.cluster, self.shared_bytes, seen, _columns=self._columns)
+        given = self.grid, self.cluster, self.shared_bytes, self.params, seen
+        return Moves(*given, _columns=self._columns)
 
     def column(self, layouts: Iterable[Layout]) -> Column:
         """Return the one column of these layouts."""
@@ -175,15 +148,17 @@ class Moves:
         types: AxisTypes,
         again: bool = False,
         best: Best | None = None,
+        is_put: bool = False,
     ) -> MoveTable:
         """Return the table of a value whose axes may have these types.
 
         `again` says that what is sent forward is sent once more when backward recomputes it;
-        `best` that it is priced at the least that moves of such a value may take.
+        `best` that it is priced at the least that moves of such a value may take; `is_put` that
+        chunks that lie apart are put side by side for each move alone (`apart_in`).
         """
-        key = (shape, dtype, grad, types, again, best)
+        key = (shape, dtype, grad, types, again, best, is_put)
         if key not in self._tables:
-            self._tables[key] = self._compute(shape, dtype, grad, types, (again, best))
+            self._tables[key] = self._compute(*key[:4], Ways(again, best, is_put))
         return self._tables[key]
 
     def _compute(
@@ -192,16 +167,19 @@ class Moves:
         dtype: torch.dtype,
         grad: bool,
         types: AxisTypes,
-        ways: tuple[bool, Best | None],
+        ways: Ways,
     ) -> MoveTable:
         space = self._space(shape, types)
         seconds = np.full((len(space.layouts),) * 2, np.inf)
         np.fill_diagonal(seconds, 0.0)
         held = elements(shape, space.types, space.picks, self.grid) * dtype.itemsize
+        apart = np.array([apart_in(shape, t) for t in space.types]) * ways.is_put
         for c in space.changes:
             ranks = self.grid.sizes[c.axis]
             size = wire_bytes(c.before, c.after, held[c.starts], held[c.ends], ranks)
-            seconds[c.starts, c.ends] = self._edge_s(c.axis, c.before, c.after, size, grad, ways)
+            put = sum(apart[space.picks[end, c.axis]] for end in (c.starts, c.ends))
+            edge = c.axis, c.before, c.after, size, put
+            seconds[c.starts, c.ends] = self._edge_s(*edge, grad, ways)
         key = hashlib.blake2b(seconds.tobytes()).digest()  # values of other dims may move alike
         if key not in self._closed:
             self._closed[key] = closed(seconds)
@@ -230,21 +208,44 @@ class Moves:
         before: AxisType,
         after: AxisType,
         sizes: np.ndarray,
+        apart: np.ndarray,
         grad: bool,
-        ways: tuple[bool, Best | None],
+        ways: Ways,
     ) -> np.ndarray:
         """Return the seconds of one change of type for buffers of each of these sizes."""
         move = move_of(before, after)
         assert move is not None
-        again, best = ways
         backward = move.backward if grad else "none"
-        kinds = [move.forward] * (1 + again) + [backward]
-        distinct, which = np.unique(sizes, return_inverse=True)
-        prices = [
-            best_s(self, kinds, n, axis, best) if best else self.kinds_s(kinds, n, axis)
-            for n in distinct.tolist()
-        ]
-        return np.array(prices)[which]
+        kinds = [move.forward] * (1 + ways.again) + [backward]
+        distinct, which = np.unique(sizes * len(ENDS) + apart, return_inverse=True)
+        edges = [divmod(n, len(ENDS)) for n in distinct.tolist()]
+        return np.array([self.move_s(kinds, n, axis, k, ways.best) for n, k in edges])[which]
+
+    def move_s(
+        self,
+        kinds: Sequence[str],
+        size_bytes: int,
+        axis: int,
+        apart: int = 0,
+        best: Best | None = None,
+    ) -> float:
+        """Return the seconds of a move by these collectives, forward and backward.
+
+        `apart` of its ends lie apart in memory: a copy puts each in order, every time. At `best`,
+        none where a ring may make the move: it puts blocks where they belong.
+        """
+        if best is None:
+            seconds = self.kinds_s(kinds, size_bytes, axis)
+        else:
+            seconds = best_s(self, kinds, size_bytes, axis, best)
+            if not self.seen and may_ring(kinds, best):
+                return seconds
+        copies = apart * sum(kind in IN_ORDER for kind in kinds)
+        return seconds + copies * self.kind_s("pad", size_bytes, axis) if copies else seconds
+
+    def apart(self, value: str, shape: Shape, step: tuple[AxisType, AxisType]) -> int:
+        """Return how many ends of a move of a value lie apart; parameters share a buffer."""
+        return 0 if value in self.params else sum(apart_in(shape, t) for t in step)
 
     def kinds_s(self, kinds: Sequence[str], size_bytes: int, axis: int) -> float:
         """Return the seconds of calls of their own, each after the other."""
@@ -337,21 +338,6 @@ class Moves:
             local = largest_shape(shape, before, self.grid)
             size = exchange_bytes(local, before[axis], t, self.grid.sizes[axis]) * dtype.itemsize
         return Step(axis, before[axis], after[axis], move.forward, move.backward, size)
-
-
-def closed(single: np.ndarray) -> np.ndarray:
-    """Return the seconds of the cheapest ways, given those of single moves.
-
-    Source: Floyd 1962, "Algorithm 97: Shortest path".
-
-    By torch, whose loops over broadcast doubles take about half of numpy's time.
-    """
-    seconds = torch.from_numpy(single.copy())
-    through = torch.empty_like(seconds)
-    for mid in range(len(seconds)):
-        torch.add(seconds[:, mid : mid + 1], seconds[mid : mid + 1], out=through)
-        torch.minimum(seconds, through, out=seconds)
-    return seconds.numpy()
 
 
 Bytes = TypeVar("Bytes", int, np.ndarray)

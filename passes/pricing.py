@@ -18,7 +18,8 @@ from autotp.cost_model.memory import ADAMW_STATES
 from autotp.cost_model.optimizer import update_s
 from autotp.grid import Grid
 from autotp.passes.choices import Strategies, Typing, ranks_by_axes
-from autotp.passes.moves import Column, Moves
+from autotp.passes.move_table import Column
+from autotp.passes.moves import Moves
 from autotp.passes.network import Network, Op, Value
 from autotp.passes.roofline import is_attention, is_function, narrowest
 from autotp.passes.spaces import elements

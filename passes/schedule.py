@@ -14,7 +14,8 @@ from fractions import Fraction
 from autotp.cost_model.collectives import sent_bytes, wire_bytes_by
 from autotp.grid import Grid
 from autotp.layouts import Layout
-from autotp.passes.moves import Moves, MoveTable, Step
+from autotp.passes.move_table import MoveTable
+from autotp.passes.moves import Moves, Step
 from autotp.passes.network import Network, Value
 from autotp.passes.pricing import is_recomputed
 from autotp.plan import Decision, PlannedMove
@@ -124,6 +125,8 @@ def _planned(
     backward = step.backward if value.grad else "none"
     ways = [moves.algorithm(k, step.size_bytes, step.axis) for k in (step.forward, backward)]
     runs = [(step.forward, ways[0])] * (1 + again) + [(backward, ways[1])]
+    kinds = [kind for kind, _ in runs]
+    apart = moves.apart(value.name, value.shape, (step.before, step.after))
     return PlannedMove(
         value=value.name,
         of=of,
@@ -133,7 +136,7 @@ def _planned(
         forward=step.forward,
         backward=backward,
         size_bytes=step.size_bytes,
-        seconds=sum(moves.kind_s(kind, step.size_bytes, step.axis) for kind, _ in runs),
+        seconds=moves.move_s(kinds, step.size_bytes, step.axis, apart),
         sent=sent_of(runs, step.size_bytes, grid.sizes[step.axis], value.dtype.itemsize),
         again=again,
         by=ways[0],

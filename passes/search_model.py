@@ -6,11 +6,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from autotp.layouts import Layout
-from autotp.passes.moves import Column, Kind, Moves, MoveTable
+from autotp.passes.move_table import Column, MoveTable
+from autotp.passes.moves import Kind, Moves
 from autotp.passes.network import Value
 from autotp.passes.pricing import Table
 from autotp.passes.search.problem import Problem
-from autotp.passes.sharing import Best, Seen, best_s, may_share
+from autotp.passes.sharing import Best, Seen, may_share
 from autotp.passes.spaces import AxisTypes
 from autotp.plan import Plan, PlannedMove
 
@@ -92,6 +93,7 @@ class Model:
         kinds, axis = _kinds(m), self.moves.grid.axis(m.axis)
         apart_s = self.moves.kinds_s(kinds, m.size_bytes, axis)
         if m.value not in self.params or not may_share(m.forward, m.backward, m.again):
+            apart_s = apart_s if m.schedule else m.seconds
             return apart_s, apart_s
         return apart_s, sum(self.moves.share_s(kind, m.size_bytes, axis) for kind in kinds)
 
@@ -103,7 +105,9 @@ class Model:
         best = self._best(value) if self.is_best else None
         if best is None:
             return m.seconds
-        return best_s(self.moves, _kinds(m), m.size_bytes, self.moves.grid.axis(m.axis), best)
+        axis = self.moves.grid.axis(m.axis)
+        apart = self.moves.apart(m.value, value.shape, (m.before[axis], m.after[axis]))
+        return self.moves.move_s(_kinds(m), m.size_bytes, axis, apart, best)
 
     def _best(self, value: Value) -> Best | None:
         """Return as what a value's moves may take less than calls of their own, if they may."""
@@ -114,7 +118,8 @@ class Model:
         return Best("activation", within) if within or (overlaps and value.grad) else None
 
     def _table(self, v: Value, again: bool = False, best: Best | None = None) -> MoveTable:
-        return self.moves.table(v.shape, v.dtype, v.grad, self.types[v.name], again, best)
+        is_put = v.name not in self.params
+        return self.moves.table(v.shape, v.dtype, v.grad, self.types[v.name], again, best, is_put)
 
 
 def _kinds(m: PlannedMove) -> list[str]:

@@ -44,7 +44,7 @@ def best_s(moves: Moves, kinds: Sequence[str], size_bytes: int, axis: int, best:
     is_shared = best.what == "parameter" and may_share(forward, backward, again)
     price = moves.share_s if is_shared else moves.kind_s
     seconds = sum(price(kind, size_bytes, axis) for kind in kinds)
-    is_ring = forward in best.within and (forward, backward) in RINGS and not again
+    is_ring = may_ring(kinds, best)
     may_save = is_shared or may_hide(forward, backward, again)
     if moves.seen and (seen := moves.seen.get((best.what, forward, backward))):
         seconds += seen.calls * (moves.kinds_s(kinds, size_bytes, axis) - seconds)
@@ -54,6 +54,12 @@ def best_s(moves: Moves, kinds: Sequence[str], size_bytes: int, axis: int, best:
     if not is_ring:
         return apart_s
     return min(apart_s, shown * sum(moves.hops_s(k, size_bytes, axis) for k in kinds))
+
+
+def may_ring(kinds: Sequence[str], best: Best) -> bool:
+    """Say whether a product may make a move by these collectives itself."""
+    forward, backward, again = kinds[0], kinds[-1], len(kinds) > 2
+    return forward in best.within and (forward, backward) in RINGS and not again
 
 
 def may_hide(forward: str, backward: str, again: bool) -> bool:

@@ -26,7 +26,8 @@ from autotp.grid import Grid
 from autotp.layouts import I, Layout, Shard, is_valid, shard
 from autotp.passes.choices import Strategy, Typing, strategies_of
 from autotp.passes.factors import Factors
-from autotp.passes.moves import Column, Moves, axis_types
+from autotp.passes.move_table import Column, MoveTable
+from autotp.passes.moves import Moves, axis_types
 from autotp.passes.network import Network, Op, Value
 from autotp.passes.pricing import (
     RESULT,
@@ -133,6 +134,7 @@ def build_model(
     moves = Moves(grid, cluster)
     values = [network.values[name] for name in params if name in network.values]
     moves.shared_bytes = sum(moves.local_bytes(v.shape, v.dtype, whole) for v in values)
+    moves.params = frozenset(params)
     b = _Builder(network, factors, moves, params, limits, _readers(network), savers)
     for op in network.ops:
         _add_tables(b, op)
@@ -341,8 +343,12 @@ def _meet(
 
 def _pair(b: _Builder, v: Value, before: Column, after: Column, again: bool = False) -> np.ndarray:
     """Return the seconds of the cheapest moves from each layout to each."""
-    table = b.moves.table(v.shape, v.dtype, v.grad, b.types[v.name], again)
-    return b.moves.between(table, before, after)
+    return b.moves.between(_table(b, v, again), before, after)
+
+
+def _table(b: _Builder, v: Value, again: bool = False) -> MoveTable:
+    is_put = v.name not in b.params
+    return b.moves.table(v.shape, v.dtype, v.grad, b.types[v.name], again, is_put=is_put)
 
 
 def _join(b: _Builder, value: str, number: int, wanted: Column, again: bool) -> None:
@@ -361,6 +367,6 @@ def _join(b: _Builder, value: str, number: int, wanted: Column, again: bool) -> 
 def _join_output(b: _Builder, value: str) -> None:
     """Charge the cheapest way to a layout in which the program may return a value."""
     v, (number, found) = b.network.values[value], b.places[value]
-    table = b.moves.table(v.shape, v.dtype, v.grad, b.types[value])
-    allowed = b.moves.column(c for c in table.layouts if b.limits.may_return(value, c))
+    layouts = _table(b, v).layouts
+    allowed = b.moves.column(c for c in layouts if b.limits.may_return(value, c))
     b.unary[number] = b.unary[number] + _pair(b, v, found, allowed).min(axis=1)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from autotp.passes.moves import closed
+from autotp.passes.move_table import closed
 
 
 @pytest.mark.parametrize("seed", range(20))
