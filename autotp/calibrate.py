@@ -28,6 +28,7 @@ from autotp.cost_model.collectives import PLAIN
 from autotp.cost_model.link_fit import way_of
 from autotp.errors import CalibrationError
 from autotp.measure import QUICK, Effort, measure, ranks_per_node
+from autotp.notation import bytes_text
 from autotp.progress import stage
 from autotp.ranks import from_rank_0, together
 from autotp.version import VERSION
@@ -207,7 +208,9 @@ def table(calibration: Calibration) -> str:
         lines.append(f"products of {dtype:<9} {rate / 1e9:9.1f} GFLOP/s{told}")
     for dtype, rate in c.attention_flops_per_s:
         lines.append(f"attention, {dtype:<10} {rate / 1e9:9.1f} GFLOP/s")
-    lines.append(f"memory                {c.memory_bandwidth_bytes_per_s / 1e9:9.1f} GB/s")
+    reached = [f"{r / 1e9:.1f} at {bytes_text(n)}" for n, r in c.stream_bytes_per_s]
+    told = f"  by what an op reads and writes: {', '.join(reached)}" if reached else ""
+    lines.append(f"memory                {c.memory_bandwidth_bytes_per_s / 1e9:9.1f} GB/s{told}")
     lines.append(f"functions             {c.function_bytes_per_s / 1e9:9.1f} GB/s")
     rate = c.update_bytes_per_s / 1e9
     lines.append(

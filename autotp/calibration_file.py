@@ -136,6 +136,7 @@ def _cluster(data: Mapping[str, Any]) -> Cluster:
         "flops_per_s": tuple((d, r) for d, r in data["flops_per_s"]),
         "crossings": tuple((m, _link(link)) for m, link in data["crossings"]),
         "narrow_flops_per_s": tuple(ladders),
+        "stream_bytes_per_s": tuple((n, r) for n, r in data["stream_bytes_per_s"]),
         "attention_flops_per_s": tuple((d, r) for d, r in data["attention_flops_per_s"]),
     }
     return Cluster(**{**data, **parts})

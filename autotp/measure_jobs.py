@@ -52,20 +52,23 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Ladder:
-    """The sizes of compute on a kind of device: narrow dims, the other dims, bytes of a stream.
+    """The sizes of compute on a kind of device: narrow dims, the other dims, bytes of streams.
 
-    heads   of attention with as many queries and keys as `side`
+    stream_bytes   of each buffer that is copied or added, from what caches hold to what none does
+    large_bytes    of those of functions and of the optimizer's large parameter
+    heads          of attention with as many queries and keys as `side`
     """
 
     narrow: tuple[int, ...]
     side: int
-    stream_bytes: int
+    stream_bytes: tuple[int, ...]
+    large_bytes: int
     heads: int
 
 
 LADDERS = {
-    "cpu": Ladder((1, 8, 32, 128, 512), 512, 2**22, heads=1),
-    "cuda": Ladder((16, 64, 256, 1024, 4096), 4096, 2**26, heads=16),
+    "cpu": Ladder((1, 8, 32, 128, 512), 512, (2**18, 2**20, 2**22, 2**24), 2**22, heads=1),
+    "cuda": Ladder((16, 64, 256, 1024, 4096), 4096, (2**22, 2**26), 2**26, heads=16),
 }
 
 HEAD_DIM = 64
@@ -114,7 +117,12 @@ def compute_jobs(device: torch.device, fast: Sequence[str]) -> Iterator[Job]:
             if narrow < ladder.side:
                 yield from product_jobs(dtype, (ladder.side, narrow, ladder.side), device)
         yield _attention_job(dtype, (1, ladder.heads, ladder.side, HEAD_DIM), device)
-    yield from _stream_jobs(ladder.stream_bytes, device)
+    for size_bytes in ladder.stream_bytes:
+        yield from _stream_jobs(size_bytes, device)
+    x = torch.ones(ladder.large_bytes // 4, device=device)
+    y = x.clone().requires_grad_()
+    # Backward of a function is priced as two more passes over what forward reads and writes.
+    yield Job(("gelu", 6 * x.nbytes), partial(_function, y, x))
     yield Job("overhead", partial(_tiny_ops, torch.ones(8, device=device, requires_grad=True)), 4)
 
 
@@ -153,11 +161,10 @@ def _attention_job(dtype: str, shape: tuple[int, int, int, int], device: torch.d
 
 def _stream_jobs(size_bytes: int, device: torch.device) -> Iterator[Job]:
     x = torch.ones(size_bytes // 4, device=device)
-    y, z = x.clone(), x.clone().requires_grad_()
-    yield Job(("copy", 2 * x.nbytes), partial(y.copy_, x))
-    yield Job(("add", 3 * x.nbytes), partial(torch.add, x, y))
-    # Backward of a function is priced as two more passes over what forward reads and writes.
-    yield Job(("gelu", 6 * x.nbytes), partial(_function, z, y))
+    y = x.clone()
+    calls = max(1, min(16, 2**22 // size_bytes))
+    yield Job(("copy", 2 * x.nbytes), partial(y.copy_, x), calls)
+    yield Job(("add", 3 * x.nbytes), partial(torch.add, x, y), calls)
 
 
 def update_jobs(mesh: DeviceMesh) -> Iterator[Job]:
@@ -166,7 +173,7 @@ def update_jobs(mesh: DeviceMesh) -> Iterator[Job]:
     The key is ("update", parameters, bytes of each).
     """
     watch_optimizers()  # so that they step as they do in training
-    for count, size_bytes in ((SMALL_UPDATES, 32), (1, LADDERS[mesh.device_type].stream_bytes)):
+    for count, size_bytes in ((SMALL_UPDATES, 32), (1, LADDERS[mesh.device_type].large_bytes)):
         parameters = [_updated(size_bytes // 4, mesh) for _ in range(count)]
         yield Job(("update", count, size_bytes), torch.optim.AdamW(parameters).step)
 

@@ -79,6 +79,7 @@ def measured_rates(device: torch.device, tiny: bool) -> dict[str, Any]:
     fast = ("float32",) if tiny else ("float32", "bfloat16", "float16")
     spent: dict[str, dict[int, list[float]]] = {}
     streams: dict[str, float] = {}
+    attention: dict[str, float] = {}
     overhead_s = 0.0
     for job in compute_jobs(device, fast):
         seconds = seconds_of(job, device, 3 if tiny else REPEATS)
@@ -86,12 +87,15 @@ def measured_rates(device: torch.device, tiny: bool) -> dict[str, Any]:
             case (str(dtype), (int(m), int(n), int(k)), int()):
                 rates = spent.setdefault(dtype, {}).setdefault(min(m, n, k), [])
                 rates.append(2 * m * n * k / seconds)
+            case ("attention", str(dtype), int(flops)):
+                attention[dtype] = flops / seconds
             case (str(stream), int(size_bytes)):
-                streams[stream] = size_bytes / seconds
+                streams[stream] = size_bytes / seconds  # the last is of the largest buffers
             case _:
                 overhead_s = seconds / (CHAIN * PASSES)
     products = {d: {n: statistics.median(r) for n, r in by.items()} for d, by in spent.items()}
-    return {"products": products, "streams": streams, "op_overhead_s": overhead_s}
+    rates = {"products": products, "streams": streams, "attention": attention}
+    return {**rates, "op_overhead_s": overhead_s}
 
 
 def with_rates(cluster: Cluster, rates: dict[str, Any]) -> Cluster:
@@ -105,6 +109,7 @@ def with_rates(cluster: Cluster, rates: dict[str, Any]) -> Cluster:
         narrow_flops_per_s=tuple((d, ladder) for d, ladder in ladders.items() if len(ladder) > 1),
         memory_bandwidth_bytes_per_s=2 / (1 / streams["copy"] + 1 / streams["add"]),
         function_bytes_per_s=streams["gelu"],
+        attention_flops_per_s=tuple(rates["attention"].items()),
         op_overhead_s=rates["op_overhead_s"],
     )
 
@@ -125,6 +130,8 @@ def print_rates(rates: dict[str, Any], base: Cluster) -> None:
         for narrow, rate in sorted(by.items()):
             share, ridge = rate / base.matmul_flops_per_s(dtype), rate / bandwidth
             print(f"{dtype:<12} {narrow:>9} {rate / 1e12:>10.3g}  {share:6.1%} {ridge:8.1f}")
+    for dtype, rate in rates["attention"].items():
+        print(f"attention, {dtype:<11} {rate / 1e12:>10.3g}")
     for stream, rate in rates["streams"].items():
         print(f"{stream:<12} {rate / 1e9:>20.4g} GB/s")
     print(f"{'one op':<12} {rates['op_overhead_s'] * 1e6:>20.3g} us\n")

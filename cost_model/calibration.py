@@ -142,6 +142,7 @@ def fit(measured: Measured, name: str, clock: Clock = "wall") -> Cluster:
     inside = links.get("inside") or links["between"]
     ladders = _ladders(measured.products, clock)
     each_s, update_rate = _updates(measured.updates, clock)
+    streams = _streams([t for t in measured.streams if t.name != "gelu"], clock)
     return Cluster(
         name=name,
         backend=measured.backend,
@@ -149,12 +150,13 @@ def fit(measured: Measured, name: str, clock: Clock = "wall") -> Cluster:
         intra=inside,
         inter=links.get("between", inside),
         flops_per_s=tuple((dtype, rates[-1][1]) for dtype, rates in ladders),
-        memory_bandwidth_bytes_per_s=_stream_rate(measured.streams, ("copy", "add"), clock),
+        memory_bandwidth_bytes_per_s=streams[-1][1],
         memory_bytes=measured.memory_bytes,
         op_overhead_s=_of(measured.op_overhead, clock),
         crossings=tuple((m, link) for m, link in links.items() if isinstance(m, int)),
         narrow_flops_per_s=tuple(pair for pair in ladders if len(pair[1]) > 1),
-        function_bytes_per_s=_stream_rate(measured.streams, ("gelu",), clock),
+        stream_bytes_per_s=streams if len(streams) > 1 else (),
+        function_bytes_per_s=_rate([t for t in measured.streams if t.name == "gelu"], clock),
         attention_flops_per_s=tuple((t.dtype, t.flops / _of(t, clock)) for t in measured.attention),
         overlap=measured.overlap.share if measured.overlap and clock == "wall" else 0.0,
         update_s=each_s,
@@ -218,7 +220,7 @@ def _place(t: Timing) -> str | int:
 
 
 Ladder = tuple[tuple[int, float], ...]
-"""Flops per second by the narrowest dim, both rising."""
+"""Flops per second by the narrowest dim, both rising; or bytes per second by bytes."""
 
 
 def _ladders(products: Sequence[ProductTiming], clock: Clock) -> list[tuple[str, Ladder]]:
@@ -250,9 +252,24 @@ def _both(p: ProductTiming, clock: Clock) -> tuple[float, float, float]:
     return p.seconds if clock == "wall" else p.cpu_s
 
 
-def _stream_rate(streams: Sequence[StreamTiming], names: Sequence[str], clock: Clock) -> float:
-    mine = [s for s in streams if s.name in names]
-    return sum(s.size_bytes for s in mine) / sum(_of(s, clock) for s in mine)
+def _streams(streams: Sequence[StreamTiming], clock: Clock) -> Ladder:
+    """Return bytes per second by the bytes that an op reads and writes, the rates falling.
+
+    Ops of every kind over buffers of one size are one point: caches hold what is small.
+    """
+    by_name: dict[str, list[StreamTiming]] = {}
+    for t in sorted(streams, key=lambda t: t.size_bytes):
+        by_name.setdefault(t.name, []).append(t)
+    out: list[tuple[int, float]] = []
+    for alike in zip(*by_name.values(), strict=True):
+        rate = _rate(alike, clock)
+        size_bytes = sum(t.size_bytes for t in alike) // len(alike)
+        out.append((size_bytes, min(rate, out[-1][1]) if out else rate))
+    return tuple(out)
+
+
+def _rate(streams: Sequence[StreamTiming], clock: Clock) -> float:
+    return sum(s.size_bytes for s in streams) / sum(_of(s, clock) for s in streams)
 
 
 def _updates(updates: Sequence[UpdateTiming], clock: Clock) -> tuple[float, float]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -97,6 +98,7 @@ class Cluster:
 
     crossings              the link of groups with so many members in each node, where measured
     narrow_flops_per_s     by dtype, what products reach whose narrowest dim has this size
+    stream_bytes_per_s     what ops reach that read and write so many bytes: caches hold few
     function_bytes_per_s   what pointwise functions such as exp and tanh read and write; 0: as
                            fast as memory
     attention_flops_per_s  by dtype, what attention reaches of its products' flops, forward and
@@ -119,6 +121,7 @@ class Cluster:
     op_overhead_s: float
     crossings: tuple[tuple[int, Link], ...] = ()
     narrow_flops_per_s: tuple[tuple[str, tuple[tuple[int, float], ...]], ...] = ()
+    stream_bytes_per_s: tuple[tuple[int, float], ...] = ()
     function_bytes_per_s: float = 0.0
     attention_flops_per_s: tuple[tuple[str, float], ...] = ()
     overlap: float = 0.0
@@ -173,6 +176,14 @@ class Cluster:
         """Return the flops per second of attention in `dtype`, its exponentials included."""
         found = dict(self.attention_flops_per_s).get(dtype_name(dtype))
         return found or self.matmul_flops_per_s(dtype)
+
+    def stream_rate(self, bytes_moved: Any) -> Any:
+        """Return the bytes per second of an op that reads and writes so many: numbers or arrays."""
+        if not self.stream_bytes_per_s:
+            return self.memory_bandwidth_bytes_per_s
+        sizes, reached = zip(*self.stream_bytes_per_s, strict=True)
+        found = np.interp(np.log2(np.maximum(1.0, bytes_moved)), np.log2(sizes), reached)
+        return found if isinstance(bytes_moved, np.ndarray) else float(found)
 
     @property
     def pointwise_bytes_per_s(self) -> float:

@@ -66,7 +66,7 @@ def op_s(
     """
     reached = cluster.matmul_flops_per_s(dtype, narrowest)
     arithmetic_s = flops / (cluster.attention_rate(dtype) if attention else reached)
-    rate = cluster.pointwise_bytes_per_s if function else cluster.memory_bandwidth_bytes_per_s
+    rate = cluster.pointwise_bytes_per_s if function else cluster.stream_rate(bytes_moved)
     memory_s = bytes_moved / rate
     return _slower(arithmetic_s, memory_s) + cluster.op_overhead_s
 

@@ -3,6 +3,7 @@
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -70,6 +71,25 @@ def test_attention_has_a_rate_of_its_own():
     assert taken == pytest.approx([0.05, 0.04])
     assert op_s(10**9, 0, "float32", wall) < taken[0]  # products alone are faster
     assert wall.attention_rate("float64") == wall.matmul_flops_per_s("float64")
+
+
+def test_what_caches_hold_is_read_faster():
+    timed = tuple(
+        StreamTiming(name, times * n, times * n / rate, times * n / rate / 2)
+        for n, rate in ((10**5, 4e10), (10**6, 5e10), (10**7, 1e10))  # noise: it cannot rise
+        for name, times in (("copy", 2), ("add", 3))
+    )
+    gelu = measured().streams[-1:]
+    cluster = fit(replace(measured(), streams=(*timed, *gelu)), "x")
+    sizes = np.array([1.0, 2.5e5, 2.5e6, 8e6, 2.5e7, 1e12])
+    rates = cluster.stream_rate(sizes)
+    assert rates[[0, 1, 2, 4, 5]] == pytest.approx([4e10, 4e10, 4e10, 1e10, 1e10])
+    assert 1e10 < rates[3] < 4e10 and cluster.memory_bandwidth_bytes_per_s == pytest.approx(1e10)
+    taken = op_s(0 * sizes, sizes, "float32", cluster)
+    assert (np.diff(taken) > 0).all()
+    alone = [op_s(0, n, "float32", cluster) for n in sizes.tolist()]
+    assert alone == pytest.approx(taken.tolist())
+    assert fit(replace(measured(), streams=(*timed, *gelu)), "x", "cpu").stream_rate(1) > 6e10
 
 
 def test_every_figure_on_either_clock():
