@@ -115,6 +115,7 @@ def run_set(
     for _ in range(steps):
         between()
         for r in going:
+            r.step()  # so that caches hold what is its own, as in a loop of it alone
             r.spent.append(spend(r.step))
     return going, refused
 
