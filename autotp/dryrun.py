@@ -34,7 +34,7 @@ from autotp.passes.pins import Pins
 from autotp.passes.planning import search_plan
 from autotp.passes.program import Program
 from autotp.passes.traffic import internal_traffic
-from autotp.plan import Plan
+from autotp.plan import Plan, PlannedMove
 from autotp.plan_file import refuse_other
 from autotp.progress import stage
 from autotp.rank_program import alone, peak, timed
@@ -182,7 +182,8 @@ def _too_large(plan: Plan, fact: str) -> AutotpError:
 
 def predicted(network: Network, plan: Plan, cluster: Cluster) -> Predicted:
     """Return what a plan takes by its own prices, what is sent told apart by kind and axis."""
-    moves, names = Moves(plan.grid, cluster), plan.grid.names
+    params, names = {r.value for r in plan.params.values()}, plan.grid.names
+    moves = Moves(plan.grid, cluster, params=params)
     seconds: dict[tuple[str, str], float] = {}
 
     def add(kind: str, axis: str, spent_s: float) -> None:
@@ -191,8 +192,9 @@ def predicted(network: Network, plan: Plan, cluster: Cluster) -> Predicted:
     for move in plan.moves:
         axis = names.index(move.axis)
         prices = {kind: moves.kind_s(kind, move.size_bytes, axis) for kind, _ in move.sent}
+        called_s = move.seconds - _put_s(move, network, moves)
         for kind, price in prices.items():
-            add(kind, move.axis, move.seconds * price / sum(prices.values()))
+            add(kind, move.axis, called_s * price / sum(prices.values()))
     for op, d in zip(network.ops, plan.decisions, strict=True):
         trained = network.values[op.results[0]].grad
         inside = internal_traffic(op, d.split, d.operands, d.results, plan.grid, trained)
@@ -203,6 +205,17 @@ def predicted(network: Network, plan: Plan, cluster: Cluster) -> Predicted:
     hidden_s = sum(bucket.hidden_s for bucket in plan.buckets)
     compute_s = plan.step_time_s + hidden_s - sum(seconds.values())
     return Predicted(compute_s, tuple(rows), plan.memory)
+
+
+def _put_s(move: PlannedMove, network: Network, moves: Moves) -> float:
+    """Return the part of a move's seconds that is compute: the copies around its collectives."""
+    if move.schedule:
+        return 0.0
+    axis = moves.grid.axis(move.axis)
+    ends = move.before[axis], move.after[axis]
+    apart = moves.apart(move.value, network.values[move.value].shape, ends)
+    kinds = [move.forward] * (1 + move.again) + [move.backward]
+    return moves.put_s(kinds, move.size_bytes, axis, apart)
 
 
 def _measured(

@@ -231,8 +231,8 @@ class Moves:
     ) -> float:
         """Return the seconds of a move by these collectives, forward and backward.
 
-        `apart` of its ends lie apart in memory: a copy puts each in order, every time. At `best`,
-        none where a ring may make the move: it puts blocks where they belong.
+        `apart` of its ends lie apart in memory. At `best`, nothing is put in order where a ring may
+        make the move: it puts blocks where they belong.
         """
         if best is None:
             seconds = self.kinds_s(kinds, size_bytes, axis)
@@ -240,8 +240,12 @@ class Moves:
             seconds = best_s(self, kinds, size_bytes, axis, best)
             if not self.seen and may_ring(kinds, best):
                 return seconds
+        return seconds + self.put_s(kinds, size_bytes, axis, apart)
+
+    def put_s(self, kinds: Sequence[str], size_bytes: int, axis: int, apart: int) -> float:
+        """Return the seconds of the copies that put ends in order, one for each call."""
         copies = apart * sum(kind in IN_ORDER for kind in kinds)
-        return seconds + copies * self.kind_s("pad", size_bytes, axis) if copies else seconds
+        return copies * self.kind_s("pad", size_bytes, axis) if copies else 0.0
 
     def apart(self, value: str, shape: Shape, step: tuple[AxisType, AxisType]) -> int:
         """Return how many ends of a move of a value lie apart; parameters share a buffer."""
