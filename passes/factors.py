@@ -13,7 +13,7 @@ disagree are joined by a move.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from autotp.passes.network import Network, Op
@@ -185,6 +185,17 @@ class Factors:
     of_value: Mapping[tuple[str, int], Id]
     names: Mapping[Id, str]
     _cache: dict[Id, tuple[Way, ...]] = field(default_factory=dict)
+    _alike: dict[str, int] = field(default_factory=dict)
+    _kinds: dict[tuple[object, ...], int] = field(default_factory=dict)
+
+    def kind_of(self, op: str, describe: Callable[[], Iterable[object]]) -> int:
+        """Return the number of all ops that are described alike; each is described once.
+
+        Ops are the same on every grid, and there are many grids.
+        """
+        if op not in self._alike:
+            self._alike[op] = self._kinds.setdefault(tuple(describe()), len(self._kinds))
+        return self._alike[op]
 
     def ways(self, op: str, factor: str) -> tuple[Way, ...]:
         """Return the ways in which this factor of this op may be split."""

@@ -98,7 +98,7 @@ class Moves:
     shared_bytes: int = 0
     params: Collection[str] = ()
     seen: Mapping[Kind, Seen] | None = None
-    _tables: dict[tuple[object, ...], MoveTable] = field(default_factory=dict)
+    _tables: dict[tuple[object, ...], tuple[AxisTypes, MoveTable]] = field(default_factory=dict)
     _columns: dict[tuple[tuple[Layout, ...], bytes], Column] = field(default_factory=dict)
     _prices: dict[tuple[str, int, int], float] = field(default_factory=dict)
     _spaces: dict[tuple[AxisTypes, bytes], Space] = field(default_factory=dict)
@@ -156,10 +156,11 @@ class Moves:
         `best` that it is priced at the least that moves of such a value may take; `is_put` that
         chunks that lie apart are put side by side for each move alone (`apart_in`).
         """
-        key = (shape, dtype, grad, types, again, best, is_put)
+        key = (shape, dtype, grad, id(types), again, best, is_put)  # to hash all types takes longer
         if key not in self._tables:
-            self._tables[key] = self._compute(*key[:4], Ways(again, best, is_put))
-        return self._tables[key]
+            made = self._compute(shape, dtype, grad, types, Ways(again, best, is_put))
+            self._tables[key] = types, made
+        return self._tables[key][1]
 
     def _compute(
         self,

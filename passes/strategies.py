@@ -97,6 +97,7 @@ class _Builder:
     made: dict[tuple[object, ...], Table] = field(default_factory=dict)
     resting: dict[tuple[object, ...], Column] = field(default_factory=dict)
     met: dict[tuple[object, ...], AxisTypes] = field(default_factory=dict)
+    distinct: dict[AxisTypes, AxisTypes] = field(default_factory=dict)
     variables: list[Variable] = field(default_factory=list)
     unary: list[np.ndarray] = field(default_factory=list)
     pairs: list[tuple[int, int, np.ndarray]] = field(default_factory=list)
@@ -206,12 +207,12 @@ def _savers(network: Network) -> dict[str, list[Position]]:
 def _add_tables(b: _Builder, op: Op) -> None:
     """Add the table of an op: all its strategies, then those that the pins allow."""
     typing = typing_of(b.network, op)
-    key = tuple(_op_key(op, typing, b.factors))
+    alike = b.factors.kind_of(op.name, lambda: _described(op, typing, b.factors))
 
     def price() -> Table:
         return price_op(op, strategies_of(op, typing, b.factors, b.moves.grid), typing, b.moves)
 
-    wide = b.table(key, price)
+    wide = b.table(("op", alike), price)
     slots = _charged(b, len(b.wide))
     b.wide.append(wide)
     charged = b.table((wide, slots), lambda: wide.charge(slots))
@@ -221,7 +222,7 @@ def _add_tables(b: _Builder, op: Op) -> None:
     b.tables.append(charged)
 
 
-def _op_key(op: Op, typing: Typing, factors: Factors) -> Iterable[object]:
+def _described(op: Op, typing: Typing, factors: Factors) -> Iterable[object]:
     """Describe all that an op's strategies depend on; atoms are numbered by appearance."""
     yield op.call.op
     yield bool(op.region), op.enters
@@ -260,7 +261,8 @@ def _note_types(b: _Builder, value: str, made: Sequence[Column]) -> None:
     columns = tuple(dict.fromkeys([*made, *wanted]))
     if (grad, *columns) not in b.met:
         layouts = list(dict.fromkeys(itertools.chain(*(c.distinct for c in columns))))
-        b.met[grad, *columns] = axis_types(layouts, grad, len(b.moves.grid.sizes))
+        types = axis_types(layouts, grad, len(b.moves.grid.sizes))
+        b.met[grad, *columns] = b.distinct.setdefault(types, types)
     b.types[value] = b.met[grad, *columns]
 
 

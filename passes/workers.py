@@ -74,12 +74,14 @@ def _serve(
     """Work on one item after another until none is left, and send what was found."""
     found: dict[int, U] = {}
     gc.freeze()  # what was there before is not searched for garbage, which would copy its pages
+    gc.disable()  # nor is what one item makes, before it is done
 
     def serve() -> None:
         torch.set_num_threads(1)  # a fork has none of OpenMP's threads either
         with contextlib.suppress(Exception):
             while (n := _next(following)) < len(items):
                 found[n] = work(items[n])
+                gc.collect()
 
     for k, (_, outgoing) in enumerate(pipes):
         if k != place:
