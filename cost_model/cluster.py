@@ -99,12 +99,9 @@ class Cluster:
     crossings              the link of groups with so many members in each node, where measured
     narrow_flops_per_s     by dtype, what products reach whose narrowest dim has this size
     stream_bytes_per_s     what ops reach that read and write so many bytes: caches hold few
-    function_bytes_per_s   what pointwise functions such as exp and tanh read and write; 0: as
-                           fast as memory
-    attention_flops_per_s  by dtype, what attention reaches of its products' flops, forward and
-                           backward; unlisted: what products do
-    overlap                share of the shorter of a collective and a product that is hidden
-                           where both run at once
+    function_bytes_per_s   what exp, tanh and their like read and write; 0: as fast as memory
+    attention_flops_per_s  by dtype, of attention's products both ways; unlisted: as products
+    overlap                share that is hidden of the shorter of a collective and a product
     update_s, update_bytes_per_s
                            what AdamW takes for each parameter, and how fast it passes over the
                            parameter's own bytes; 0: as fast as memory allows
@@ -174,8 +171,8 @@ class Cluster:
 
     def attention_rate(self, dtype: object) -> float:
         """Return the flops per second of attention in `dtype`, its exponentials included."""
-        found = dict(self.attention_flops_per_s).get(dtype_name(dtype))
-        return found or self.matmul_flops_per_s(dtype)
+        reached = dict(self.attention_flops_per_s)
+        return reached.get(dtype_name(dtype)) or self.matmul_flops_per_s(dtype)
 
     def stream_rate(self, bytes_moved: Any) -> Any:
         """Return the bytes per second of an op that reads and writes so many: numbers or arrays."""
