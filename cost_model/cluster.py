@@ -126,8 +126,7 @@ class Cluster:
     update_bytes_per_s: float = 0.0
 
     def __post_init__(self) -> None:
-        assert self.ranks_per_node >= 1 and self.flops_per_s, self
-        assert 0 <= self.overlap <= 1, self
+        assert self.ranks_per_node >= 1 and self.flops_per_s and 0 <= self.overlap <= 1, self
 
     def link(self, grid_sizes: Sequence[int], axis: int) -> Link:
         """Return the link of `axis`: ranks are numbered row-major, the last axes inside a node.
