@@ -190,7 +190,7 @@ def work(
         measuring.repeat(replace(QUICK, seconds=seconds))
         cluster = fit(measuring.found(), NAMES[clock], clock)
         sets = []
-        for names in sets_of(schemes, PICK, SHAPES[shape].together // 2):
+        for names in sets_of(schemes, PICK, SHAPES[shape].together):
             going, missing = run_set(shape, names, cluster, steps, measuring.again)
             refused += missing
             sets.append([replace(r, step=_done) for r in going])  # lets go of the model
