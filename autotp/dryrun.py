@@ -214,8 +214,7 @@ def _put_s(move: PlannedMove, network: Network, moves: Moves) -> float:
     axis = moves.grid.axis(move.axis)
     ends = move.before[axis], move.after[axis]
     apart = moves.apart(move.value, network.values[move.value].shape, ends)
-    kinds = [move.forward] * (1 + move.again) + [move.backward]
-    return moves.put_s(kinds, move.size_bytes, axis, apart)
+    return moves.put_s(move.kinds, move.size_bytes, axis, apart)
 
 
 def _measured(

@@ -103,6 +103,11 @@ class PlannedMove:
     schedule: str = ""
     apart_s: float = 0.0
 
+    @property
+    def kinds(self) -> list[str]:
+        """The collectives that it makes: forward, once more if `again`, and backward."""
+        return [self.forward] * (1 + self.again) + [self.backward]
+
 
 AT_ONCE, WHERE_MADE = "", "*"
 """Where a bucket begins that begins before no op."""

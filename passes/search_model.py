@@ -90,7 +90,7 @@ class Model:
 
     def _ends_s(self, m: PlannedMove) -> tuple[float, float]:
         """Return what a move takes by calls of its own, and as its part of full ones."""
-        kinds, axis = _kinds(m), self.moves.grid.axis(m.axis)
+        kinds, axis = m.kinds, self.moves.grid.axis(m.axis)
         apart_s = self.moves.kinds_s(kinds, m.size_bytes, axis)
         if m.value not in self.params or not may_share(m.forward, m.backward, m.again):
             apart_s = apart_s if m.schedule else m.seconds
@@ -107,7 +107,7 @@ class Model:
             return m.seconds
         axis = self.moves.grid.axis(m.axis)
         apart = self.moves.apart(m.value, value.shape, (m.before[axis], m.after[axis]))
-        return self.moves.move_s(_kinds(m), m.size_bytes, axis, apart, best)
+        return self.moves.move_s(m.kinds, m.size_bytes, axis, apart, best)
 
     def _best(self, value: Value) -> Best | None:
         """Return as what a value's moves may take less than calls of their own, if they may."""
@@ -120,10 +120,6 @@ class Model:
     def _table(self, v: Value, again: bool = False, best: Best | None = None) -> MoveTable:
         is_put = v.name not in self.params
         return self.moves.table(v.shape, v.dtype, v.grad, self.types[v.name], again, best, is_put)
-
-
-def _kinds(m: PlannedMove) -> list[str]:
-    return [m.forward] * (1 + m.again) + [m.backward]
 
 
 @dataclass(slots=True)
