@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
@@ -160,11 +160,20 @@ class Measuring:
 
 
 OVERLAPPED = 2**20
-"""Bytes of the all-reduce that runs beside products."""
+"""Bytes of the all-reduce that runs beside products, and after them."""
 
+TOGETHER = ("collective", "product", "both", "after")
+"""The jobs of an Overlap."""
 
-MOST_PRODUCTS = 32
-"""Beside one collective: a pilot of two rounds may be far off, and no more would be hidden."""
+BETWEEN_S = 0.01
+"""What training computes between two collectives, about: ranks that share cores get out of step.
+
+Source: four ranks on two cores; collectives take 0.3 ms more of CPU after 3.5 ms of products than
+after one another, and 0.7 to 1.1 ms more after 10 to 40.
+"""
+
+MOST_PRODUCTS = 512
+"""Beside one collective: a pilot of two rounds may be far off."""
 
 
 def _axis(shape: Shape) -> DistAxis:
@@ -203,7 +212,7 @@ def _pilot(axis: DistAxis, device: torch.device) -> tuple[list[str], int]:
     taken = {d: s.cpu_s if device.type == "cpu" else s.seconds for d, s in tried.items()}
     fast = [d for d in DTYPES if flops > SLOW_FLOPS_PER_S * taken[d]]
     alone = [found["overlap", what].seconds for what in ("collective", "product")]
-    ratio = min(MOST_PRODUCTS, max(1, round(alone[0] / alone[1])))
+    ratio = min(MOST_PRODUCTS, max(1, round(max(alone[0], BETWEEN_S) / alone[1])))
     agreed: tuple[list[str], int] = from_rank_0((fast, ratio))
     return agreed
 
@@ -243,13 +252,25 @@ class _Rounds:
 
     def _sample(self, job: Job) -> Seconds:
         dist.barrier()
+        if job.before is None:
+            return self._timed(job.run, job.calls)
+        taken = []
+        for _ in range(job.calls):
+            job.before()
+            taken.append(self._timed(job.run))
+        return Seconds(
+            sum(s.seconds for s in taken) / job.calls, sum(s.cpu_s for s in taken) / job.calls
+        )
+
+    def _timed(self, run: Callable[[], object], calls: int = 1) -> Seconds:
+        """Return what one of so many calls takes."""
         self._synchronize()
         start, cpu = time.perf_counter(), time.process_time()
-        for _ in range(job.calls):
-            job.run()
+        for _ in range(calls):
+            run()
         self._synchronize()
         spent = time.perf_counter() - start, time.process_time() - cpu
-        return Seconds(spent[0] / job.calls, spent[1] / job.calls)
+        return Seconds(spent[0] / calls, spent[1] / calls)
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -290,7 +311,7 @@ def _measured(found: Samples, node: int, memory_bytes: float) -> Measured:
         products=tuple(_product(*key, passes) for key, passes in products.items()),
         streams=tuple(streams),
         op_overhead=Seconds(overhead.seconds / calls, overhead.cpu_s / calls),
-        overlap=Overlap(*(found["overlap", what] for what in ("collective", "product", "both"))),
+        overlap=Overlap(*(found["overlap", what] for what in TOGETHER)),
         memory_bytes=memory_bytes,
         updates=tuple(updates),
         attention=tuple(attention),

@@ -33,6 +33,9 @@ SLOW_FLOPS_PER_S = 2e10
 Source: two cores of an AMD EPYC, one thread: float16 1 to 4, float32 90 GFLOP/s.
 """
 
+AFTER = 4
+"""Collectives in one sample of those after products: each meets the ranks in another order."""
+
 CHAIN = 32
 """Tiny ops in a row, so that their backward's start does not count."""
 
@@ -43,11 +46,15 @@ SMALL_UPDATES = 16
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A call, how often it is made for one sample, and its name."""
+    """A call, how often it is made for one sample, and its name.
+
+    before   what comes before each call, and is not timed
+    """
 
     key: Hashable
     run: Callable[[], object]
     calls: int = 1
+    before: Callable[[], object] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +205,7 @@ def _tiny_ops(x: Tensor) -> None:
 
 
 def overlap_jobs(axis: DistAxis, size_bytes: int, device: torch.device, ratio: int) -> list[Job]:
-    """Return a collective alone, `ratio` products alone, and both at once."""
+    """Return a collective alone, `ratio` products alone, both at once, and it after them."""
     wire = torch.ones(size_bytes // 4, device=device)
     side = LADDERS[device.type].side // 2
     x = torch.ones(side, side, device=device)
@@ -216,8 +223,12 @@ def overlap_jobs(axis: DistAxis, size_bytes: int, device: torch.device, ratio: i
         multiply()
         torch.ops._c10d_functional.wait_tensor(pending)
 
+    def reduce() -> None:
+        torch.ops._c10d_functional.wait_tensor(start())
+
     return [
-        Job(("overlap", "collective"), lambda: torch.ops._c10d_functional.wait_tensor(start())),
+        Job(("overlap", "collective"), reduce, AFTER),
         Job(("overlap", "product"), multiply),
         Job(("overlap", "both"), both),
+        Job(("overlap", "after"), reduce, AFTER, before=multiply),
     ]

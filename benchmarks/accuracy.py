@@ -4,16 +4,16 @@ Four gloo ranks. For each shape the machine is measured, on the CPU clock; then 
 `autotp.schemes`, and what the search picks by itself, is planned, run and compared with its plan:
 CPU-seconds per rank and step (AdamW included), bytes sent, and the most bytes that live at once on
 rank 0: parameters, the optimizer's states and all that operators made. All steps are taken in turn,
-round after round, and in each round the machine is measured once more: its speed drifts, and plans
-are priced again by all that was measured while they ran. Shapes too large for that run in sets,
-whose seconds are scaled to those of the pick, which is in each. Prints one line per scheme, and per
-shape the rank correlation, the median errors and the regret: the measured time of the pick over the
-best measured. Writes one JSON.
+round after round, each in an order of its own, and in each round the machine is measured once more:
+its speed drifts, and plans are priced again by all that was measured while they ran. Shapes too
+large for that run in sets, whose seconds are scaled to those of the pick, which is in each. Prints
+one line per scheme, and per shape the rank correlation, the median errors and the regret: the
+measured time of the pick over the best measured. Writes one JSON.
 
 With `--link` all traffic passes one link of --rate, in a private network, and seconds are those of
 the wall: measured, planned by and compared.
 
-    OMP_NUM_THREADS=1 python benchmarks/accuracy.py [--all] [--steps 3] [--link] [--out FILE]
+    OMP_NUM_THREADS=1 python benchmarks/accuracy.py [--all] [--steps 7] [--link] [--out FILE]
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from gauges import Spent, Step, keep_memory, spend
+from gauges import Spent, Step, in_turns, keep_memory
 from links import GIGABIT, limit, missing, private_network
 from scipy.stats import spearmanr
 from shapes import MEASURED, SHAPES
@@ -111,13 +111,9 @@ def run_set(
     """
     found = {scheme: ready(shape, scheme, cluster) for scheme in schemes}
     refused = [(shape, scheme, why) for scheme, why in found.items() if isinstance(why, str)]
-    going = [r for r in found.values() if isinstance(r, Ready)]
-    for _ in range(steps):
-        between()
-        for r in going:
-            r.step()  # so that caches hold what is its own, as in a loop of it alone
-            r.spent.append(spend(r.step))
-    return going, refused
+    going = {r.scheme: r for r in found.values() if isinstance(r, Ready)}
+    spent = in_turns({name: r.step for name, r in going.items()}, steps, between)
+    return [replace(r, spent=spent[name]) for name, r in going.items()], refused
 
 
 def priced_again(shape: str, plans: Sequence[autotp.Plan], cluster: Cluster) -> list[autotp.Plan]:
@@ -238,7 +234,7 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="all shapes, not one")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=SHORT)
     parser.add_argument("--schemes", nargs="+", choices=[*SCHEMES, PICK], default=[*SCHEMES, PICK])
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=7)
     parser.add_argument(
         "--seconds", type=float, default=4.0, help="of measuring the machine first, per shape"
     )

@@ -1,6 +1,8 @@
 """What a step takes, as all ranks see it: CPU-seconds, wall seconds, bytes sent, peak memory.
 
 spend            one step on two clocks, and by the counters of a private network
+in_turns         the steps of several models, round after round, each in an order of its own
+Ratio            of two series of rounds: the median, and how far it can be trusted
 keep_memory      so that models that take turns find their memory as a model alone does
 taken_bytes      the peak that a call reaches over what was resident before
 """
@@ -9,8 +11,11 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
+import random
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +49,48 @@ def spend(step: Step) -> Spent:
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     per_rank = float(total[1]) / dist.get_world_size() ** 2  # each rank has seen what all sent
     return Spent(float(total[0]), float(slowest), per_rank)
+
+
+def in_turns(
+    steps: Mapping[str, Step], rounds: int, between: Callable[[], None] = lambda: None
+) -> dict[str, list[Spent]]:
+    """Return what each step took in each round; `between` is called before each round.
+
+    Every round has an order of its own, the same on all ranks: what a step leaves behind, caches
+    and garbage, would else always meet the same successor.
+    """
+    spent: dict[str, list[Spent]] = {name: [] for name in steps}
+    shuffled = random.Random(0)
+    for _ in range(rounds):
+        between()
+        for name in shuffled.sample(list(steps), len(steps)):
+            spent[name].append(spend(steps[name]))
+    return spent
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """The median of the ratios within a round, and its standard error (0 for a single round)."""
+
+    median: float
+    error: float
+
+    @classmethod
+    def of(cls, ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
+        """Compare two series, round by round.
+
+        The error is 1.25 IQR / (1.35 sqrt(n)), which outliers leave alone. Source: McGill, Tukey,
+        Larsen, Variations of box plots, The American Statistician 32 (1978).
+        """
+        ratios = [a / b for a, b in zip(ours, theirs, strict=False)]
+        if len(ratios) == 1:
+            return cls(ratios[0], 0.0)
+        low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        return cls(median, 1.25 * (high - low) / 1.35 / math.sqrt(len(ratios)))
+
+    def __str__(self) -> str:
+        error = f"\N{PLUS-MINUS SIGN}{self.error:.2f}" if self.error else ""
+        return f"{self.median:.2f}{error}"
 
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4

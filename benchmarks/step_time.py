@@ -1,8 +1,9 @@
 """How long is a training step: autotp against every scheme, torch's own parallelism, one process.
 
 For each shape every variant trains the same model on the same batch, forward, backward and AdamW,
-on four gloo ranks. All are run in turn, round after round (A B C A B C ...), and each column is
-compared with torch's 1D tensor parallelism by the median of the ratios within a round:
+on four gloo ranks. All are run in turn, round after round, each round in an order of its own, and
+each column is compared with torch's 1D tensor parallelism by the median of the ratios within a
+round, with its standard error:
 
     CPU s      CPU-seconds, summed over ranks
     wall       seconds on loopback
@@ -16,7 +17,8 @@ from the cache. The losses of all variants must agree. Two rows by themselves: a
 one against the unmodified module, and its `megatron` against torch's, which splits the same way.
 
     OMP_NUM_THREADS=1 python benchmarks/step_time.py [--all] [--shapes NAME ...]
-        [--variants NAME ...] [--rounds 3] [--layers 12] [--rate 1gbit] [--out step_time.json]
+        [--variants NAME ...] [--rounds 9] [--link-rounds 3] [--layers 12] [--rate 1gbit]
+        [--out step_time.json]
 """
 
 from __future__ import annotations
@@ -33,7 +35,17 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from gauges import Spent, Step, keep_memory, peak_bytes, reset_peak, resident_bytes, spend
+from gauges import (
+    Ratio,
+    Spent,
+    Step,
+    in_turns,
+    keep_memory,
+    peak_bytes,
+    reset_peak,
+    resident_bytes,
+    spend,
+)
 from links import GIGABIT, limit, missing, private_network
 from shapes import MEASURED, SHAPES
 from variants import PLANNED, REFERENCE, VARIANTS, Refused, sets_of, training_step
@@ -57,7 +69,7 @@ SAME_LOSS = 1e-3
 class Options:
     """What every rank is told: how many rounds, how deep, how slow, and whom to give up early."""
 
-    rounds: int
+    rounds: Mapping[str, int]
     layers: int
     links: tuple[str, ...]
     rate: str
@@ -77,7 +89,7 @@ class Row:
     plan: dict[str, str] = field(default_factory=dict)
     predicted_s: dict[str, float] = field(default_factory=dict)
     refused: str = ""
-    figures: dict[str, tuple[float, float]] = field(default_factory=dict)
+    figures: dict[str, tuple[float, Ratio]] = field(default_factory=dict)
     loss_off_by: float = 0.0
 
 
@@ -164,10 +176,9 @@ def _rounds(rows: dict[str, Row], steps: dict[str, Step], link: str, options: Op
     bound = options.cutoff * tried[REFERENCE].wall_s
     for name, first in tried.items():
         rows[name].spent[link] = [first] if first.wall_s > bound else []
-    going = [name for name in steps if not rows[name].spent[link]]
-    for _ in range(options.rounds):
-        for name in going:
-            rows[name].spent[link].append(spend(steps[name]))
+    going = {name: step for name, step in steps.items() if not rows[name].spent[link]}
+    for name, spent in in_turns(going, options.rounds[link]).items():
+        rows[name].spent[link] = spent
 
 
 def compared(sets: Sequence[Sequence[Row]]) -> list[Row]:
@@ -192,16 +203,15 @@ COLUMNS = {
 MEMORY = "memory MB"
 
 
-def figures(row: Row, reference: Row) -> dict[str, tuple[float, float]]:
-    """Return the median of each column, and that of its ratios to the reference, round by round."""
+def figures(row: Row, reference: Row) -> dict[str, tuple[float, Ratio]]:
+    """Return the median of each column, and its ratio to the reference, round by round."""
     out = {}
     for column, (link, name, unit) in COLUMNS.items():
         mine, theirs = ([getattr(s, name) for s in r.spent.get(link, [])] for r in (row, reference))
         if any(mine):
-            ratios = [a / b for a, b in zip(mine, theirs, strict=False)]
-            out[column] = statistics.median(mine) / unit, statistics.median(ratios)
+            out[column] = statistics.median(mine) / unit, Ratio.of(mine, theirs)
     if row.peak_bytes:
-        out[MEMORY] = row.peak_bytes / 1e6, row.peak_bytes / reference.peak_bytes
+        out[MEMORY] = row.peak_bytes / 1e6, Ratio.of([row.peak_bytes], [reference.peak_bytes])
     return out
 
 
@@ -214,7 +224,7 @@ def print_table(rows: Sequence[Row]) -> None:
             print(f"{row.variant:<26}  refused: {row.refused}")
             continue
         found = row.figures
-        cells = [f"{found[c][0]:9.3f} ({found[c][1]:5.2f})" if c in found else "-" for c in columns]
+        cells = [f"{found[c][0]:.3f} ({found[c][1]})" if c in found else "-" for c in columns]
         once = ", once" if any(len(spent) == 1 for spent in row.spent.values()) else ""
         text = "; ".join(row.plan.values()) + once
         print(f"{row.variant:<26}" + "".join(f"{cell:>18}" for cell in cells), end="")
@@ -224,16 +234,16 @@ def print_table(rows: Sequence[Row]) -> None:
 # A grid of one -----------------------------------------------------------------------------------
 
 
-def one_rank(rounds: int, shape: str) -> float:
+def one_rank(rounds: int, shape: str) -> Ratio:
     """Return autotp on a grid of one over the unmodified module, in CPU-seconds."""
     dist.init_process_group("gloo")
     model, inputs = SHAPES[shape].build()
     ours = autotp.parallelize(copy.deepcopy(model), grid=(1, 1), example_inputs=inputs)
-    steps = training_step(ours, inputs), training_step(model, inputs)
-    for step in steps:
+    steps = {"ours": training_step(ours, inputs), "theirs": training_step(model, inputs)}
+    for step in steps.values():
         step()
-    pairs = [[spend(step).cpu_s for step in steps] for _ in range(rounds)]
-    return statistics.median(a / b for a, b in pairs)
+    spent = in_turns(steps, rounds)
+    return Ratio.of(*([s.cpu_s for s in spent[name]] for name in steps))
 
 
 # The command -------------------------------------------------------------------------------------
@@ -244,7 +254,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--all", action="store_true", help="every shape and every variant")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=SHORT_SHAPES)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=SHORT_VARIANTS)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=9, help="on loopback")
+    parser.add_argument("--link-rounds", type=int, default=3, help="waiting is less noisy")
     parser.add_argument("--layers", type=int, default=0, help="12 for all of GPT-2 small")
     parser.add_argument("--rate", default=GIGABIT, help="of the slow link, as tc spells it")
     parser.add_argument("--no-link", action="store_true", help="loopback only")
@@ -264,13 +275,14 @@ def main() -> None:
     else:
         private_network()
     links = (LOOPBACK,) if why_not else (LOOPBACK, LINK)
-    options = Options(args.rounds, args.layers, links, args.rate, args.cutoff, args.seconds)
+    rounds = {LOOPBACK: args.rounds, LINK: args.link_rounds}
+    options = Options(rounds, args.layers, links, args.rate, args.cutoff, args.seconds)
     rows = [row for found in launch(work, RANKS, shapes, names, options)[0] for row in found]
     alone = launch(one_rank, 1, args.rounds, shapes[0])[0]
-    print(f"\nautotp on a grid of one over the unmodified module, CPU-seconds: {alone:.3f}")
+    print(f"\nautotp on a grid of one over the unmodified module, CPU-seconds: {alone}")
     if args.out:
         about = {"torch": torch.__version__, "machine": platform.processor()}
-        body = {"about": about, "options": asdict(options), "one_rank": alone}
+        body = {"about": about, "options": asdict(options), "one_rank": asdict(alone)}
         args.out.write_text(json.dumps({**body, "rows": list(map(asdict, rows))}, indent=1) + "\n")
     wrong = [f"{row.variant} on {row.shape}" for row in rows if row.loss_off_by > SAME_LOSS]
     if wrong:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -84,17 +84,33 @@ class Seconds:
 
 @dataclass(frozen=True, slots=True)
 class Overlap:
-    """A collective and a product, each alone, and both at once."""
+    """A collective after another one and products, each alone; then what both take together.
+
+    both     at once
+    after    of the products and then the collective, what the collective takes
+    """
 
     collective: Seconds
     product: Seconds
     both: Seconds
+    after: Seconds
 
     @property
     def share(self) -> float:
         """The share of the shorter one that is hidden."""
-        alone = self.collective.seconds, self.product.seconds
+        alone = max(self.collective.seconds, self.after.seconds), self.product.seconds
         return min(1.0, max(0.0, (sum(alone) - self.both.seconds) / min(alone)))
+
+    @property
+    def late(self) -> Seconds:
+        """What a collective takes longer after products than after another collective.
+
+        Ranks come to it from compute one by one, and each that comes wakes others.
+        """
+        return Seconds(
+            max(0.0, self.after.seconds - self.collective.seconds),
+            max(0.0, self.after.cpu_s - self.collective.cpu_s),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,10 +155,12 @@ def fit(measured: Measured, name: str, clock: Clock = "wall") -> Cluster:
     clock nothing is hidden.
     """
     links, measured = _links(measured, clock), _at_once(measured)
-    inside = links.get("inside") or links["between"]
     ladders = _ladders(measured.products, clock)
     each_s, update_rate = _updates(measured.updates, clock)
     streams = _streams([t for t in measured.streams if t.name != "gelu"], clock)
+    late_s = _of(measured.overlap.late, clock) if measured.overlap else 0.0
+    links = {place: replace(link, call_s=late_s) for place, link in links.items()}
+    inside = links.get("inside") or links["between"]
     return Cluster(
         name=name,
         backend=measured.backend,
@@ -183,17 +201,28 @@ def _at_once(measured: Measured) -> Measured:
             return replace(timing, seconds=(first, second, third))
         return replace(timing, seconds=wall(timing.seconds, timing.cpu_s))
 
-    together = measured.overlap
     return replace(
         measured,
         products=tuple(map(slowed, measured.products)),
         streams=tuple(map(slowed, measured.streams)),
         updates=tuple(map(slowed, measured.updates)),
         attention=tuple(map(slowed, measured.attention)),
-        overlap=together
-        and Overlap(slowed(together.collective), slowed(together.product), slowed(together.both)),
+        overlap=measured.overlap and _together(measured.overlap, slowed),
         op_overhead=slowed(measured.op_overhead),
     )
+
+
+def _together(timed: Overlap, slowed: Callable[[Seconds], Seconds]) -> Overlap:
+    """Return what a collective and products take while all ranks of a node compute.
+
+    Where ranks compute in turn, one waits in the collective until the others have computed: that is
+    in the products' seconds now, and no longer in the collective's.
+    """
+    product = slowed(timed.product)
+    waited_s = product.seconds - timed.product.seconds
+    after = replace(timed.after, seconds=max(0.0, timed.after.seconds - waited_s))
+    collective = slowed(timed.collective)
+    return Overlap(collective, product, slowed(timed.both), slowed(after))
 
 
 Timed = Timing | StreamTiming | AttentionTiming | UpdateTiming | Seconds

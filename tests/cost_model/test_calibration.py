@@ -20,6 +20,7 @@ from autotp.cost_model.calibration import (
     typical,
 )
 from autotp.cost_model.cluster import gloo_loopback
+from autotp.cost_model.collectives import collective_s
 from autotp.cost_model.compute import op_s
 from autotp.cost_model.link_fit import Timing
 from autotp.cost_model.optimizer import UPDATE_TRAFFIC, update_s
@@ -163,7 +164,7 @@ def test_narrow_products_are_slower_and_the_ladder_rises():
     ("seconds", "share"), [((1, 2, 3), 0), ((1, 2, 2), 1), ((2, 1, 2.5), 0.5), ((1, 1, 9), 0)]
 )
 def test_overlap_is_the_share_of_the_shorter_that_is_hidden(seconds, share):
-    timed = Overlap(*(Seconds(s, s / 2) for s in seconds))
+    timed = Overlap(*(Seconds(s, s / 2) for s in (*seconds, seconds[0])))
     assert fit(measured(overlap=timed), "x").overlap == share
     assert fit(measured(overlap=timed), "x", "cpu").overlap == 0  # CPU-seconds add up
 
@@ -171,6 +172,27 @@ def test_overlap_is_the_share_of_the_shorter_that_is_hidden(seconds, share):
 @pytest.mark.parametrize(("cores", "share"), [(0.0, 1.0), (1.0, 0.5), (0.75, 1 / 3), (0.5, 0.0)])
 def test_what_keeps_the_cores_busy_hides_nothing(cores, share):
     """Short samples run while other ranks wait, whose turn comes all the same."""
-    timed = Overlap(Seconds(1, 0.5), Seconds(1, 1), Seconds(1, 1.5))
+    timed = Overlap(Seconds(1, 0.5), Seconds(1, 1), Seconds(1, 1.5), Seconds(1, 0.5))
     found = fit(replace(measured(overlap=timed), cores=cores), "x").overlap
     assert found == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    ("cores", "wall_s"),
+    [
+        (0.0, 3.0),  # every rank has a device of its own: it waits for those that are late
+        (1.0, 3.0),
+        (0.5, 1.0),  # ranks take turns: two of these seconds are in the products' price
+        (0.25, 0.2),  # all of the wait is, and the collective itself keeps cores busy
+    ],
+)
+def test_a_collective_after_compute_pays_for_ranks_that_come_late(cores, wall_s):
+    timed = Overlap(Seconds(1, 0.1), Seconds(2, 2), Seconds(9, 2.5), Seconds(4, 0.3))
+    found = replace(measured(overlap=timed), cores=cores)
+    assert fit(found, "x").intra.call_s == pytest.approx(wall_s)
+    by_cpu = fit(found, "x", "cpu").intra
+    assert by_cpu.call_s == pytest.approx(0.2)
+    once = collective_s("all_reduce", 4096, 4, by_cpu, "gloo")
+    assert once == pytest.approx(
+        0.2 + collective_s("all_reduce", 4096, 4, replace(by_cpu, call_s=0), "gloo")
+    )
