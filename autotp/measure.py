@@ -25,6 +25,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from autotp.cost_model.calibration import (
     AttentionTiming,
+    Late,
     Measured,
     Overlap,
     ProductTiming,
@@ -45,6 +46,7 @@ from autotp.measure_jobs import (
     Job,
     collective_jobs,
     compute_jobs,
+    late_jobs,
     overlap_jobs,
     product_jobs,
     update_jobs,
@@ -129,13 +131,14 @@ class Measuring:
         world, self._node = dist.get_world_size(), ranks_per_node()
         self._axes = [(s, _axis(s)) for s in shapes_of(world, self._node)]
         last = self._axes[-1][1]
-        fast, ratio = _pilot(last, device)
+        fast, ratio, between = _pilot(last, device)
         self._rounds = _Rounds(device)
         for shape, axis in self._axes:
             self._rounds.jobs += collective_jobs(axis, shape.members, sizes, device)
         self._rounds.jobs += compute_jobs(device, fast)
         self._rounds.jobs += update_jobs(init_device_mesh(device.type, (world,)))
         self._rounds.jobs += overlap_jobs(last, OVERLAPPED, device, ratio)
+        self._rounds.jobs += late_jobs(last, device, between)
 
     def repeat(self, effort: Effort) -> None:
         """Run rounds until the time is used; one more comes first, to warm up."""
@@ -160,20 +163,20 @@ class Measuring:
 
 
 OVERLAPPED = 2**20
-"""Bytes of the all-reduce that runs beside products, and after them."""
+"""Bytes of the all-reduce that runs beside products."""
 
-TOGETHER = ("collective", "product", "both", "after")
-"""The jobs of an Overlap."""
+MOST_PRODUCTS = 32
+"""Beside one collective: a pilot of two rounds may be far off, and no more would be hidden."""
 
-BETWEEN_S = 0.01
-"""What training computes between two collectives, about: ranks that share cores get out of step.
+BETWEEN_S = 0.02
+"""What a rank computes between two collectives of training, about.
 
 Source: four ranks on two cores; collectives take 0.3 ms more of CPU after 3.5 ms of products than
 after one another, and 0.7 to 1.1 ms more after 10 to 40.
 """
 
-MOST_PRODUCTS = 512
-"""Beside one collective: a pilot of two rounds may be far off."""
+MOST_BETWEEN = 1024
+"""Products before one collective."""
 
 
 def _axis(shape: Shape) -> DistAxis:
@@ -197,12 +200,14 @@ def _leave(axis: DistAxis) -> None:
             dist.destroy_process_group(group)
 
 
-def _pilot(axis: DistAxis, device: torch.device) -> tuple[list[str], int]:
-    """Return the dtypes that are fast here, and how many products take as long as a collective.
+def _pilot(axis: DistAxis, device: torch.device) -> tuple[list[str], int, int]:
+    """Return the dtypes that are fast here, and how many products take as long as what.
 
+    As a collective, and as what training computes between two of them.
     On CPUs the CPU clock tells the dtypes: other work must not make one look emulated.
     """
     pilot = _Rounds(device, overlap_jobs(axis, OVERLAPPED, device, 1))
+    pilot.jobs += late_jobs(axis, device, 1)
     for dtype in DTYPES:
         pilot.jobs += product_jobs(dtype, (PILOT,) * 3, device)
     pilot.repeat(Effort(0.0, (), rounds=2))
@@ -210,10 +215,13 @@ def _pilot(axis: DistAxis, device: torch.device) -> tuple[list[str], int]:
     flops = matmul_flops(PILOT, PILOT, PILOT)
     tried = {d: found[d, (PILOT,) * 3, 0] for d in DTYPES}
     taken = {d: s.cpu_s if device.type == "cpu" else s.seconds for d, s in tried.items()}
+    product = found["late", "product"]
+    each_s = product.cpu_s if device.type == "cpu" else product.seconds
     fast = [d for d in DTYPES if flops > SLOW_FLOPS_PER_S * taken[d]]
     alone = [found["overlap", what].seconds for what in ("collective", "product")]
-    ratio = min(MOST_PRODUCTS, max(1, round(max(alone[0], BETWEEN_S) / alone[1])))
-    agreed: tuple[list[str], int] = from_rank_0((fast, ratio))
+    ratio = min(MOST_PRODUCTS, max(1, round(alone[0] / alone[1])))
+    between = min(MOST_BETWEEN, max(1, round(BETWEEN_S / each_s)))
+    agreed: tuple[list[str], int, int] = from_rank_0((fast, ratio, between))
     return agreed
 
 
@@ -311,7 +319,8 @@ def _measured(found: Samples, node: int, memory_bytes: float) -> Measured:
         products=tuple(_product(*key, passes) for key, passes in products.items()),
         streams=tuple(streams),
         op_overhead=Seconds(overhead.seconds / calls, overhead.cpu_s / calls),
-        overlap=Overlap(*(found["overlap", what] for what in TOGETHER)),
+        overlap=Overlap(*(found["overlap", what] for what in ("collective", "product", "both"))),
+        late=Late(*(found["late", what] for what in ("alone", "after", "product", "turn"))),
         memory_bytes=memory_bytes,
         updates=tuple(updates),
         attention=tuple(attention),

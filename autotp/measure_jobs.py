@@ -33,8 +33,11 @@ SLOW_FLOPS_PER_S = 2e10
 Source: two cores of an AMD EPYC, one thread: float16 1 to 4, float32 90 GFLOP/s.
 """
 
-AFTER = 4
-"""Collectives in one sample of those after products: each meets the ranks in another order."""
+LATE_BYTES = 2**12
+"""Of the exchange that is timed after products: next to nothing is sent."""
+
+TURNS = 4
+"""Of products and an exchange in one sample: each meets the ranks in another order."""
 
 CHAIN = 32
 """Tiny ops in a row, so that their backward's start does not count."""
@@ -205,30 +208,51 @@ def _tiny_ops(x: Tensor) -> None:
 
 
 def overlap_jobs(axis: DistAxis, size_bytes: int, device: torch.device, ratio: int) -> list[Job]:
-    """Return a collective alone, `ratio` products alone, both at once, and it after them."""
+    """Return a collective alone, `ratio` products alone, and both at once."""
     wire = torch.ones(size_bytes // 4, device=device)
-    side = LADDERS[device.type].side // 2
-    x = torch.ones(side, side, device=device)
+    multiply = _products(LADDERS[device.type].side // 2, ratio, device)
 
     def start() -> Tensor:
         out: Tensor = torch.ops._c10d_functional.all_reduce(wire, "sum", axis.group_name)
         return out
-
-    def multiply() -> None:
-        for _ in range(ratio):
-            torch.mm(x, x)
 
     def both() -> None:
         pending = start()
         multiply()
         torch.ops._c10d_functional.wait_tensor(pending)
 
-    def reduce() -> None:
-        torch.ops._c10d_functional.wait_tensor(start())
-
     return [
-        Job(("overlap", "collective"), reduce, AFTER),
+        Job(("overlap", "collective"), lambda: torch.ops._c10d_functional.wait_tensor(start())),
         Job(("overlap", "product"), multiply),
         Job(("overlap", "both"), both),
-        Job(("overlap", "after"), reduce, AFTER, before=multiply),
     ]
+
+
+def late_jobs(axis: DistAxis, device: torch.device, count: int) -> list[Job]:
+    """Return a small exchange alone, and after `count` products: its part, they, and both."""
+    wire = torch.ones(axis.size, LATE_BYTES // 4 // axis.size, device=device)
+    multiply = _products(LADDERS[device.type].side, count, device)
+
+    def exchange() -> None:
+        axis.all_to_all(wire)
+
+    def turn() -> None:
+        multiply()
+        exchange()
+
+    return [
+        Job(("late", "alone"), exchange, TURNS),
+        Job(("late", "after"), exchange, TURNS, before=multiply),
+        Job(("late", "product"), multiply, TURNS),
+        Job(("late", "turn"), turn, TURNS),
+    ]
+
+
+def _products(side: int, count: int, device: torch.device) -> Callable[[], None]:
+    x = torch.ones(side, side, device=device)
+
+    def multiply() -> None:
+        for _ in range(count):
+            torch.mm(x, x)
+
+    return multiply

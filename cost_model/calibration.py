@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -84,33 +84,44 @@ class Seconds:
 
 @dataclass(frozen=True, slots=True)
 class Overlap:
-    """A collective after another one and products, each alone; then what both take together.
-
-    both     at once
-    after    of the products and then the collective, what the collective takes
-    """
+    """A collective and a product, each alone, and both at once."""
 
     collective: Seconds
     product: Seconds
     both: Seconds
-    after: Seconds
 
     @property
     def share(self) -> float:
         """The share of the shorter one that is hidden."""
-        alone = max(self.collective.seconds, self.after.seconds), self.product.seconds
+        alone = self.collective.seconds, self.product.seconds
         return min(1.0, max(0.0, (sum(alone) - self.both.seconds) / min(alone)))
 
-    @property
-    def late(self) -> Seconds:
-        """What a collective takes longer after products than after another collective.
 
-        Ranks come to it from compute one by one, and each that comes wakes others.
+@dataclass(frozen=True, slots=True)
+class Late:
+    """A small collective behind another one, and behind products.
+
+    alone     of collectives in a row, one
+    after     of products and then the collective, what the collective takes
+    product   of products in a row, as many
+    turn      of products and then the collective, all
+    """
+
+    alone: Seconds
+    after: Seconds
+    product: Seconds
+    turn: Seconds
+
+    @property
+    def more(self) -> Seconds:
+        """What a collective takes more behind products than behind another one.
+
+        Ranks come to it from compute one by one: those that wait, wait, and each that comes wakes
+        the others.
         """
-        return Seconds(
-            max(0.0, self.after.seconds - self.collective.seconds),
-            max(0.0, self.after.cpu_s - self.collective.cpu_s),
-        )
+        waited_s = self.turn.seconds - self.product.seconds - self.alone.seconds
+        woken_s = self.after.cpu_s - self.alone.cpu_s
+        return Seconds(max(0.0, waited_s), max(0.0, woken_s))
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +143,7 @@ class Measured:
     updates: tuple[UpdateTiming, ...] = ()
     attention: tuple[AttentionTiming, ...] = ()
     cores: float = 0.0
+    late: Late | None = None
 
 
 def typical(repeats: Sequence[float]) -> float:
@@ -158,7 +170,7 @@ def fit(measured: Measured, name: str, clock: Clock = "wall") -> Cluster:
     ladders = _ladders(measured.products, clock)
     each_s, update_rate = _updates(measured.updates, clock)
     streams = _streams([t for t in measured.streams if t.name != "gelu"], clock)
-    late_s = _of(measured.overlap.late, clock) if measured.overlap else 0.0
+    late_s = _of(measured.late.more, clock) if measured.late else 0.0
     links = {place: replace(link, call_s=late_s) for place, link in links.items()}
     inside = links.get("inside") or links["between"]
     return Cluster(
@@ -201,28 +213,18 @@ def _at_once(measured: Measured) -> Measured:
             return replace(timing, seconds=(first, second, third))
         return replace(timing, seconds=wall(timing.seconds, timing.cpu_s))
 
+    together, late = measured.overlap, measured.late
     return replace(
         measured,
         products=tuple(map(slowed, measured.products)),
         streams=tuple(map(slowed, measured.streams)),
         updates=tuple(map(slowed, measured.updates)),
         attention=tuple(map(slowed, measured.attention)),
-        overlap=measured.overlap and _together(measured.overlap, slowed),
+        overlap=together
+        and Overlap(slowed(together.collective), slowed(together.product), slowed(together.both)),
+        late=late and replace(late, product=slowed(late.product)),
         op_overhead=slowed(measured.op_overhead),
     )
-
-
-def _together(timed: Overlap, slowed: Callable[[Seconds], Seconds]) -> Overlap:
-    """Return what a collective and products take while all ranks of a node compute.
-
-    Where ranks compute in turn, one waits in the collective until the others have computed: that is
-    in the products' seconds now, and no longer in the collective's.
-    """
-    product = slowed(timed.product)
-    waited_s = product.seconds - timed.product.seconds
-    after = replace(timed.after, seconds=max(0.0, timed.after.seconds - waited_s))
-    collective = slowed(timed.collective)
-    return Overlap(collective, product, slowed(timed.both), slowed(after))
 
 
 Timed = Timing | StreamTiming | AttentionTiming | UpdateTiming | Seconds

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from autotp.cost_model.calibration import (
     AttentionTiming,
+    Late,
     Measured,
     Overlap,
     ProductTiming,
@@ -33,7 +34,7 @@ def product(dtype, shape, flops_per_s):
     return ProductTiming(dtype, shape, (seconds,) * 3, (seconds / 2,) * 3)
 
 
-def measured(products=(), places=((2, 2, 1e9),), overlap=None):
+def measured(products=(), places=((2, 2, 1e9),), overlap=None, late=None):
     """Timings of a machine: `places` are (ranks, members, bytes per second)."""
     return Measured(
         backend="gloo",
@@ -54,6 +55,7 @@ def measured(products=(), places=((2, 2, 1e9),), overlap=None):
         op_overhead=Seconds(4e-6, 3e-6),
         overlap=overlap,
         memory_bytes=6e9,
+        late=late,
     )
 
 
@@ -164,7 +166,7 @@ def test_narrow_products_are_slower_and_the_ladder_rises():
     ("seconds", "share"), [((1, 2, 3), 0), ((1, 2, 2), 1), ((2, 1, 2.5), 0.5), ((1, 1, 9), 0)]
 )
 def test_overlap_is_the_share_of_the_shorter_that_is_hidden(seconds, share):
-    timed = Overlap(*(Seconds(s, s / 2) for s in (*seconds, seconds[0])))
+    timed = Overlap(*(Seconds(s, s / 2) for s in seconds))
     assert fit(measured(overlap=timed), "x").overlap == share
     assert fit(measured(overlap=timed), "x", "cpu").overlap == 0  # CPU-seconds add up
 
@@ -172,7 +174,7 @@ def test_overlap_is_the_share_of_the_shorter_that_is_hidden(seconds, share):
 @pytest.mark.parametrize(("cores", "share"), [(0.0, 1.0), (1.0, 0.5), (0.75, 1 / 3), (0.5, 0.0)])
 def test_what_keeps_the_cores_busy_hides_nothing(cores, share):
     """Short samples run while other ranks wait, whose turn comes all the same."""
-    timed = Overlap(Seconds(1, 0.5), Seconds(1, 1), Seconds(1, 1.5), Seconds(1, 0.5))
+    timed = Overlap(Seconds(1, 0.5), Seconds(1, 1), Seconds(1, 1.5))
     found = fit(replace(measured(overlap=timed), cores=cores), "x").overlap
     assert found == pytest.approx(share)
 
@@ -180,15 +182,15 @@ def test_what_keeps_the_cores_busy_hides_nothing(cores, share):
 @pytest.mark.parametrize(
     ("cores", "wall_s"),
     [
-        (0.0, 3.0),  # every rank has a device of its own: it waits for those that are late
-        (1.0, 3.0),
-        (0.5, 1.0),  # ranks take turns: two of these seconds are in the products' price
-        (0.25, 0.2),  # all of the wait is, and the collective itself keeps cores busy
+        (0.0, 1.0),  # every rank has a device of its own
+        (1.0, 1.0),
+        (0.8, 0.5),  # ranks take turns: half a second of these is in the products' price
+        (0.5, 0.0),
     ],
 )
 def test_a_collective_after_compute_pays_for_ranks_that_come_late(cores, wall_s):
-    timed = Overlap(Seconds(1, 0.1), Seconds(2, 2), Seconds(9, 2.5), Seconds(4, 0.3))
-    found = replace(measured(overlap=timed), cores=cores)
+    timed = Late(Seconds(1, 0.1), Seconds(3, 0.3), Seconds(2, 2), Seconds(4, 2.4))
+    found = replace(measured(late=timed), cores=cores)
     assert fit(found, "x").intra.call_s == pytest.approx(wall_s)
     by_cpu = fit(found, "x", "cpu").intra
     assert by_cpu.call_s == pytest.approx(0.2)
