@@ -87,7 +87,7 @@ def main() -> None:
         grids = factorisations(args.ranks)
 
         def plan(grid: object) -> float:
-            return search_plan(*read, grid, cluster, quick=True).plan.step_time_s
+            return search_plan(*read, grid, cluster, quick="best").plan.step_time_s
 
         timed(stages, "one after another", lambda: [plan(grid) for grid in grids], now())
         with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -69,8 +69,11 @@ def scheduled(apart: Found, search: Callable[[Model], Found], quick: bool) -> Fo
     """Return what is faster once scheduled, the first of equals, and a bound of all plans.
 
     `apart` was searched with a call for each move. With `quick` nothing more is searched, and what
-    is stated is the gap of that search.
+    is stated is the gap of that search; where it was at the least that moves may take, a bound of
+    all plans.
     """
+    if quick and apart.model.is_best:
+        return apart.bounded(apart.solution.lower_bound_s)
     if quick or apart.plan.grid.world_size == 1:
         saved_s = apart.solution.cost_s - apart.plan.step_time_s
         return apart.bounded(apart.solution.lower_bound_s - saved_s)
@@ -165,6 +168,8 @@ def _tried(
     found = solve(problem)
     yield found
     over = found.memory_bytes - limit
+    if over <= 0 and read(found).memory.total <= limit:
+        return  # to need less can only cost more
     for share in shares:
         if over > 0:
             try:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
+from typing import Literal
 
 import numpy as np
 
@@ -56,6 +57,9 @@ from autotp.plan import Decision, Memory, Plan, PlannedMove, Resting
 from autotp.progress import stage
 from autotp.sizes import examples
 
+Quick = Literal["", "apart", "best"]
+"""Which one search is made, where it is to be quick."""
+
 
 @dataclass(frozen=True, slots=True)
 class Planned:
@@ -77,13 +81,14 @@ def search_plan(
     pins: Pins | None = None,
     rest: Mapping[str, Layout] | None = None,
     sharded_outputs: bool = False,
-    quick: bool = False,
+    quick: Quick = "",
 ) -> Planned:
     """Return the cheapest plan of `program` on `grid` that the pins allow.
 
     `rest` fixes the resting layouts of parameters by name: those of a plan for the other mode.
-    With `quick` no smaller plan is asked for where none is small enough, nor one at best prices,
-    and neither notes nor the most bytes at one moment are worked out.
+    With `quick` one search is made, each move "apart", a call of its own, or at its "best". No
+    smaller plan is asked for where none is small enough, and neither notes nor the most bytes at
+    one moment are worked out.
 
     Raises PinError, and BudgetError where no plan fits the memory of a rank.
     """
@@ -98,13 +103,15 @@ def search_plan(
     def model_with(pins: Pins) -> Model:
         kept = PinFilter(pins, grid, program.names, program.params)
         limits = Limits(kept.op, kept.rest, fixed, sharded)
-        model = build_model(network, factors, grid, cluster, program.params, limits)
+        given = network, factors, grid, cluster, program.params, limits
+        model = build_model(*given, is_best=quick == "best")
         refuse_misfits(kept)
         return model
 
     def found_in(model: Model) -> Found:
         given = program, network, factors, model
-        read = reader(lambda s: read_plan(*given, s, grid, cluster, backward, wanted, quick))
+        asked = backward, wanted, bool(quick)
+        read = reader(lambda s: read_plan(*given, s, grid, cluster, *asked))
         solution = solve_within(model.problem, budget(cluster), read, 0 if quick else ROUNDS)
         return Found(model, solution, read)
 
@@ -116,7 +123,7 @@ def search_plan(
         blamed = irreducible(pins, lambda fewer: _is_possible(model_with(fewer)))
         raise contradiction(blamed, "no plan has all of these")
     with stage("search, moves scheduled"):
-        found = scheduled(found, found_in, quick)
+        found = scheduled(found, found_in, bool(quick))
     ops = {program.names[op.name]: op.name for op in network.ops}
     runners_up = RunnersUp(found.model, found.solution, ops, budget(cluster), found.read)
     with stage("schedule"):
@@ -387,4 +394,4 @@ def _internal(
     )
 
 
-__all__ = ["Planned", "read_plan", "search_plan"]
+__all__ = ["Planned", "Quick", "read_plan", "search_plan"]

@@ -52,17 +52,17 @@ class Model:
 
     def table_of(self, value: Value) -> MoveTable:
         """Return the moves of a value."""
-        return self._table(value, best=self._best(value) if self.is_best else None)
+        return self._table(value, best=self._best(value))
 
     def best(self) -> Model:
         """Return this model with moves at the least that they may take: no plan takes less."""
-        pairs = list(self.problem.pairs)
+        model, pairs = replace(self, is_best=True), list(self.problem.pairs)
         for m in self.meetings:
-            if what := self._best(m.value):
+            if what := model._best(m.value):
                 table = self._table(m.value, m.again, what)
                 seconds = self.moves.between(table, m.before, m.after)
                 pairs[m.pair] = (*pairs[m.pair][:2], seconds)
-        return replace(self, problem=replace(self.problem, pairs=tuple(pairs)), is_best=True)
+        return replace(model, problem=replace(self.problem, pairs=tuple(pairs)))
 
     def like(self, plans: Sequence[Plan], apart: tuple[str, str] | None = None) -> Model:
         """Return this model with moves shared and hidden as much, kind by kind, as in plans.
@@ -102,7 +102,7 @@ class Model:
 
     def searched_s(self, m: PlannedMove, value: Value) -> float:
         """Return what the search took a move of a value to cost."""
-        best = self._best(value) if self.is_best else None
+        best = self._best(value)
         if best is None:
             return m.seconds
         axis = self.moves.grid.axis(m.axis)
@@ -110,16 +110,25 @@ class Model:
         return self.moves.move_s(m.kinds, m.size_bytes, axis, apart, best)
 
     def _best(self, value: Value) -> Best | None:
-        """Return as what a value's moves may take less than calls of their own, if they may."""
-        overlaps = bool(self.moves.cluster.overlap)
-        within = self.within.get(value.name, frozenset()) if overlaps else frozenset()
-        if value.name in self.params:
-            return Best("parameter", within)
-        return Best("activation", within) if within or (overlaps and value.grad) else None
+        return best_of(value, self.params, self.within, self.moves) if self.is_best else None
 
     def _table(self, v: Value, again: bool = False, best: Best | None = None) -> MoveTable:
         is_put = v.name not in self.params
         return self.moves.table(v.shape, v.dtype, v.grad, self.types[v.name], again, best, is_put)
+
+
+def best_of(
+    value: Value, params: Collection[str], within: Mapping[str, frozenset[str]], moves: Moves
+) -> Best | None:
+    """Return as what a value's moves may take less than calls of their own, if they may.
+
+    `within` are the collectives that products may make themselves, by the value they move.
+    """
+    overlaps = bool(moves.cluster.overlap)
+    inside = within.get(value.name, frozenset()) if overlaps else frozenset()
+    if value.name in params:
+        return Best("parameter", inside)
+    return Best("activation", inside) if inside or (overlaps and value.grad) else None
 
 
 @dataclass(slots=True)

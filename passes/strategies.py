@@ -41,7 +41,8 @@ from autotp.passes.pricing import (
 )
 from autotp.passes.products import movable
 from autotp.passes.search.problem import Problem
-from autotp.passes.search_model import Meeting, Model, Variable
+from autotp.passes.search_model import Meeting, Model, Variable, best_of
+from autotp.passes.sharing import Best
 from autotp.passes.spaces import AxisTypes
 
 OUTPUT = -1
@@ -81,6 +82,8 @@ class _Builder:
     """What is known so far of the problem.
 
     wide     of every op, its table before any pin; `tables` after
+    within   by which collectives products may move a value
+    is_best  whether moves between variables are priced at the least that they may take
     readers  of every value, who reads it; `savers` which slots of which ops backward needs
     places   of every value, the variable that decides where readers find it, and its layouts
     """
@@ -90,6 +93,8 @@ class _Builder:
     moves: Moves
     params: Mapping[str, str]
     limits: Limits
+    within: Mapping[str, frozenset[str]]
+    is_best: bool
     readers: Mapping[str, list[Position]]
     savers: Mapping[str, list[Position]]
     wide: list[Table] = field(default_factory=list)
@@ -125,10 +130,12 @@ def build_model(
     cluster: Cluster,
     params: Mapping[str, str],
     limits: Limits | None = None,
+    is_best: bool = False,
 ) -> Model:
     """Return the search problem of `network` on `grid`, each move priced as a call of its own.
 
-    `params` names the values that are parameters.
+    With `is_best` at the least that it may take, as in `Model.best`. `params` names the values that
+    are parameters.
     """
     limits = limits or Limits()
     whole, savers = (I,) * len(grid.sizes), _savers(network)
@@ -136,7 +143,8 @@ def build_model(
     values = [network.values[name] for name in params if name in network.values]
     moves.shared_bytes = sum(moves.local_bytes(v.shape, v.dtype, whole) for v in values)
     moves.params = frozenset(params)
-    b = _Builder(network, factors, moves, params, limits, _readers(network), savers)
+    given = network, factors, moves, params, limits, movable(network), is_best
+    b = _Builder(*given, _readers(network), savers)
     for op in network.ops:
         _add_tables(b, op)
     numbers = []
@@ -160,7 +168,7 @@ def build_model(
     for value in dict.fromkeys(o for o in network.outputs if o in b.places):
         _join_output(b, value)
     meanings = (tuple(b.variables), moves, b.types, limits.may_return, params, tuple(b.meetings))
-    return Model(_problem(b), *meanings, movable(network))
+    return Model(_problem(b), *meanings, b.within, is_best)
 
 
 def _problem(b: _Builder) -> Problem:
@@ -339,18 +347,14 @@ def _meet(
     b: _Builder, v: Value, ends: tuple[int, int], before: Column, after: Column, again: bool
 ) -> None:
     """Charge two variables for what lies between the layouts that each leaves to the other."""
+    best = best_of(v, b.params, b.within, b.moves) if b.is_best else None
     b.meetings.append(Meeting(len(b.pairs), v, before, after, again))
-    b.pairs.append((*ends, _pair(b, v, before, after, again)))
+    b.pairs.append((*ends, b.moves.between(_table(b, v, again, best), before, after)))
 
 
-def _pair(b: _Builder, v: Value, before: Column, after: Column, again: bool = False) -> np.ndarray:
-    """Return the seconds of the cheapest moves from each layout to each."""
-    return b.moves.between(_table(b, v, again), before, after)
-
-
-def _table(b: _Builder, v: Value, again: bool = False) -> MoveTable:
+def _table(b: _Builder, v: Value, again: bool = False, best: Best | None = None) -> MoveTable:
     is_put = v.name not in b.params
-    return b.moves.table(v.shape, v.dtype, v.grad, b.types[v.name], again, is_put=is_put)
+    return b.moves.table(v.shape, v.dtype, v.grad, b.types[v.name], again, best, is_put)
 
 
 def _join(b: _Builder, value: str, number: int, wanted: Column, again: bool) -> None:
@@ -363,12 +367,13 @@ def _join(b: _Builder, value: str, number: int, wanted: Column, again: bool) -> 
     if value not in b.types:
         _note_types(b, value, [])
     whole = b.moves.column([(I,) * len(b.moves.grid.sizes)])
-    b.unary[number] = b.unary[number] + _pair(b, v, whole, wanted, again)[0]
+    seconds = b.moves.between(_table(b, v, again), whole, wanted)
+    b.unary[number] = b.unary[number] + seconds[0]
 
 
 def _join_output(b: _Builder, value: str) -> None:
     """Charge the cheapest way to a layout in which the program may return a value."""
     v, (number, found) = b.network.values[value], b.places[value]
-    layouts = _table(b, v).layouts
-    allowed = b.moves.column(c for c in layouts if b.limits.may_return(value, c))
-    b.unary[number] = b.unary[number] + _pair(b, v, found, allowed).min(axis=1)
+    table = _table(b, v)
+    allowed = b.moves.column(c for c in table.layouts if b.limits.may_return(value, c))
+    b.unary[number] = b.unary[number] + b.moves.between(table, found, allowed).min(axis=1)
