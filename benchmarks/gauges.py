@@ -89,7 +89,7 @@ class Ratio:
         return cls(median, 1.25 * (high - low) / 1.35 / math.sqrt(len(ratios)))
 
     def __str__(self) -> str:
-        error = f"\N{PLUS-MINUS SIGN}{self.error:.2f}" if self.error else ""
+        error = f"\N{PLUS-MINUS SIGN}{self.error:.2f}" if self.error >= 0.005 else ""
         return f"{self.median:.2f}{error}"
 
 

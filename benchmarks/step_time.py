@@ -218,7 +218,7 @@ def figures(row: Row, reference: Row) -> dict[str, tuple[float, Ratio]]:
 def print_table(rows: Sequence[Row]) -> None:
     """Print a line per variant: each column and, in brackets, its ratio to the reference."""
     columns = [*COLUMNS, MEMORY]
-    print(f"{'':26}" + "".join(f"{column:>18}" for column in columns) + "  loss off by")
+    print(f"{'':26}" + "".join(f"{column:>20}" for column in columns) + "  loss off by")
     for row in rows:
         if row.refused:
             print(f"{row.variant:<26}  refused: {row.refused}")
@@ -227,7 +227,7 @@ def print_table(rows: Sequence[Row]) -> None:
         cells = [f"{found[c][0]:.3f} ({found[c][1]})" if c in found else "-" for c in columns]
         once = ", once" if any(len(spent) == 1 for spent in row.spent.values()) else ""
         text = "; ".join(row.plan.values()) + once
-        print(f"{row.variant:<26}" + "".join(f"{cell:>18}" for cell in cells), end="")
+        print(f"{row.variant:<26}" + "".join(f"{cell:>20}" for cell in cells), end="")
         print(f"  {row.loss_off_by:11.1e}  {text}", flush=True)
 
 
