@@ -62,6 +62,23 @@ def test_the_choice_is_the_least_of_all_plans(cluster):
         )
 
 
+def test_where_calls_have_latency_the_order_is_that_of_whole_searches():
+    """Parameters share calls: with a call for each, grids that repeat them would look slow."""
+    late = replace(CHIPS.intra, latency_s=2e-4, call_s=5e-4)
+    cluster = replace(CHIPS, intra=late, inter=late)
+    model, inputs = mlp(batch=512, width=64)
+    found = autotp.grids(model, 8, inputs, cluster=cluster)
+    plans = {g: autotp.plan(model, g, inputs, cluster=cluster) for g in factorisations(8)}
+    for row in found:
+        plan = plans[row.grid]
+        assert row.lower_bound_s <= plan.step_time_s * (1 + 1e-9)
+        assert plan.step_time_s * (1 - 1e-9) <= row.step_time_s <= plan.step_time_s * 1.1
+    times = [plans[row.grid].step_time_s for row in found]
+    assert times == sorted(times)
+    least_s = min(plan.step_time_s for plan in plans.values())
+    assert plans[found.best].step_time_s <= least_s * 1.01
+
+
 @pytest.mark.parametrize("per_node", [2, 4])
 def test_the_chatty_axis_runs_inside_a_node(per_node):
     cluster = replace(SLOW, ranks_per_node=per_node)
