@@ -217,6 +217,7 @@ def table(calibration: Calibration) -> str:
         f"AdamW                 {rate:9.2f} GB/s  and {c.update_s * 1e6:.0f} us a parameter"
     )
     lines.append(f"one op                {c.op_overhead_s * 1e6:9.1f} us")
+    lines.append(f"a call after products {c.intra.call_s * 1e3:8.2f} ms more")
     lines.append(f"hidden beside products {c.overlap:8.0%}")
     return "\n".join(lines)
 

@@ -70,7 +70,7 @@ class Effort:
 
 
 QUICK = Effort(2.0, (2**12, 2**17, 2**19, 2**22), rounds=3)
-THOROUGH = Effort(30.0, tuple(2**k for k in range(12, 25, 2)), rounds=7)
+THOROUGH = Effort(30.0, tuple(2**k for k in range(12, 25, 2)), rounds=5)
 
 Samples = Mapping[Hashable, Seconds]
 """The typical seconds of each job."""
