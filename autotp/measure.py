@@ -201,10 +201,10 @@ def _leave(axis: DistAxis) -> None:
 
 
 def _pilot(axis: DistAxis, device: torch.device) -> tuple[list[str], int, int]:
-    """Return the dtypes that are fast here, and how many products take as long as what.
+    """Return the dtypes that are fast here, and two counts of products.
 
-    As a collective, and as what training computes between two of them.
-    On CPUs the CPU clock tells the dtypes: other work must not make one look emulated.
+    Those that take as long as a collective, and as what training computes between two of them. On
+    CPUs the CPU clock tells what products take: other work must not make a dtype look emulated.
     """
     pilot = _Rounds(device, overlap_jobs(axis, OVERLAPPED, device, 1))
     pilot.jobs += late_jobs(axis, device, 1)
@@ -214,13 +214,14 @@ def _pilot(axis: DistAxis, device: torch.device) -> tuple[list[str], int, int]:
     found = pilot.typical()
     flops = matmul_flops(PILOT, PILOT, PILOT)
     tried = {d: found[d, (PILOT,) * 3, 0] for d in DTYPES}
-    taken = {d: s.cpu_s if device.type == "cpu" else s.seconds for d, s in tried.items()}
-    product = found["late", "product"]
-    each_s = product.cpu_s if device.type == "cpu" else product.seconds
-    fast = [d for d in DTYPES if flops > SLOW_FLOPS_PER_S * taken[d]]
+
+    def taken_s(products: Seconds) -> float:
+        return products.cpu_s if device.type == "cpu" else products.seconds
+
+    fast = [d for d in DTYPES if flops > SLOW_FLOPS_PER_S * taken_s(tried[d])]
     alone = [found["overlap", what].seconds for what in ("collective", "product")]
     ratio = min(MOST_PRODUCTS, max(1, round(alone[0] / alone[1])))
-    between = min(MOST_BETWEEN, max(1, round(BETWEEN_S / each_s)))
+    between = min(MOST_BETWEEN, max(1, round(BETWEEN_S / taken_s(found["late", "product"]))))
     agreed: tuple[list[str], int, int] = from_rank_0((fast, ratio, between))
     return agreed
 
