@@ -23,7 +23,7 @@ from autotp.cost_model.calibration import Measured
 from autotp.cost_model.cluster import Cluster, Link, Rate
 from autotp.errors import CalibrationError
 
-FORMAT = 6
+FORMAT = 7
 
 
 @dataclass(frozen=True, slots=True)

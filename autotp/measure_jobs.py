@@ -140,7 +140,7 @@ def product_jobs(dtype: str, shape: tuple[int, int, int], device: torch.device) 
     """Yield the three products of a linear of `shape` (rows, made, contracted)."""
     rows, made, contracted = shape
     x, weight, grad = (
-        torch.ones(size, dtype=getattr(torch, dtype), device=device)
+        _operand(size, dtype, device)
         for size in ((rows, contracted), (made, contracted), (rows, made))
     )
     calls = max(1, min(8, 2**23 // (rows * made * contracted)))
@@ -155,10 +155,7 @@ def _attention_job(dtype: str, shape: tuple[int, int, int, int], device: torch.d
     Its flops are counted as those of an op are: both products whole, backward twice as much.
     """
     batch, heads, rows, dim = shape
-    q, k, v = (
-        torch.ones(shape, dtype=getattr(torch, dtype), device=device, requires_grad=True)
-        for _ in range(3)
-    )
+    q, k, v = (_operand(shape, dtype, device).requires_grad_() for _ in range(3))
     grad = torch.ones_like(q)
 
     def run() -> None:
@@ -167,6 +164,11 @@ def _attention_job(dtype: str, shape: tuple[int, int, int, int], device: torch.d
 
     flops = 3 * 2 * matmul_flops(rows, rows, dim, batch * heads)
     return Job(("attention", dtype, flops), run)
+
+
+def _operand(size: tuple[int, ...], dtype: str, device: torch.device) -> Tensor:
+    """Return what a product reads: random, as a GPU multiplies equal numbers faster than others."""
+    return torch.randn(size, dtype=getattr(torch, dtype), device=device)
 
 
 def _stream_jobs(size_bytes: int, device: torch.device) -> Iterator[Job]:
@@ -249,7 +251,7 @@ def late_jobs(axis: DistAxis, device: torch.device, count: int) -> list[Job]:
 
 
 def _products(side: int, count: int, device: torch.device) -> Callable[[], None]:
-    x = torch.ones(side, side, device=device)
+    x = _operand((side, side), "float32", device)
 
     def multiply() -> None:
         for _ in range(count):
