@@ -9,6 +9,7 @@ from fractions import Fraction
 
 from autotp.grid import Grid
 from autotp.notation import bytes_text, seconds_text
+from autotp.plan import gap_of
 
 TIE_DIGITS = 9
 """Digits in which the times of two grids must differ for one to be the faster."""
@@ -48,7 +49,7 @@ class GridPrice:
     @property
     def gap(self) -> float:
         """How far the plan may be from the best on this grid, as a share of its own time."""
-        return 1 - self.lower_bound_s / self.step_time_s if self.fits and self.step_time_s else 0.0
+        return gap_of(self.lower_bound_s, self.step_time_s) if self.fits else 0.0
 
     def rank_key(self) -> tuple[object, ...]:
         """Order grids: the fastest, then the least bytes sent and held, then the fewest axes.

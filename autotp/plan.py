@@ -28,6 +28,16 @@ if TYPE_CHECKING:
     from autotp.report import Explanation
 
 
+ROUNDING = 1e-12
+"""Share of a time below which sums in another order may differ."""
+
+
+def gap_of(bound_s: float, time_s: float) -> float:
+    """Return how far a time is from its bound, as a share of the time."""
+    share = 1 - bound_s / time_s if time_s else 0.0
+    return share if share > ROUNDING else 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class Decision:
     """What was decided for one op.
@@ -42,6 +52,7 @@ class Decision:
     flops     of its products on whole tensors, forward
     region    the region under torch.utils.checkpoint in which backward computes it again, if any
     again     says that backward makes its result again, by itself, instead of keeping it
+    seconds   forward and backward; `backward_s` those of backward
     """
 
     name: str
@@ -63,6 +74,7 @@ class Decision:
     flops: int = 0
     region: str = ""
     again: bool = False
+    backward_s: float = 0.0
 
     @property
     def factors(self) -> dict[str, str]:
@@ -305,8 +317,8 @@ class Plan:
 
     @property
     def gap(self) -> float:
-        """How far the plan may be from the best, as a share of its own time."""
-        return 1 - self.lower_bound_s / self.step_time_s if self.step_time_s else 0.0
+        """How far the plan may be from the best, as a share of its own time; rounding is none."""
+        return gap_of(self.lower_bound_s, self.step_time_s)
 
     def __str__(self) -> str:
         from autotp.report import plan_text

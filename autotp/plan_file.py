@@ -77,6 +77,7 @@ def _decision_data(d: Decision) -> dict[str, Any]:
         "flops": d.flops,
         "region": d.region,
         "again": d.again,
+        "backward_s": d.backward_s,
     }
 
 
@@ -168,6 +169,7 @@ def _read_decision(d: Mapping[str, Any], axes: tuple[str, ...]) -> Decision:
         flops=d["flops"],
         region=d["region"],
         again=d["again"],
+        backward_s=d["backward_s"],
     )
 
 

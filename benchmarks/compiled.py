@@ -1,11 +1,11 @@
 """Is torch.compile worth it: the emitted program under it, against the same program in eager mode.
 
-Four gloo ranks on a 2x2 grid, batch over one axis, tensors over the other: CPU-seconds of forward,
-backward and AdamW, summed over ranks, interleaved (A B A B). Compiled, a program begins nothing
-early.
+Four gloo ranks, what autotp picks on a grid: forward, backward and AdamW of both, in turns, in
+CPU-seconds summed over ranks and in wall seconds; medians of the ratios within a round. Compiled, a
+program begins nothing early.
 
-Run: python benchmarks/compiled.py [--shape activation-heavy] [--layers 1] [--rounds 5]
-     [--backend inductor] [--out compiled.json]
+Run: python benchmarks/compiled.py [--shapes activation-heavy balanced] [--grid 2 2] [--layers 1]
+     [--rounds 7] [--backend inductor] [--out compiled.json]
 """
 
 from __future__ import annotations
@@ -13,30 +13,30 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import statistics
+import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from gauges import Spent, spend
+from gauges import Ratio, in_turns, keep_memory
 from shapes import SHAPES
 from variants import training_step
 
 import autotp
-from autotp import schemes
 from autotp.launch import launch
 
-GRID = (2, 2)
 
-
-def case(shape: str, layers: int, rounds: int, backend: str) -> dict[str, float]:
-    """Return medians of both, their ratio, how the losses differ, and what compiling took."""
+def case(
+    shape: str, grid: Sequence[int], layers: int, rounds: int, backend: str
+) -> dict[str, float | str]:
+    """Return the compiled step over the eager one, how losses differ, and what compiling took."""
+    keep_memory()
     model, inputs = SHAPES[shape].build(layers)
     other = copy.deepcopy(model)
-    pins = schemes.batch_x_tensor(model, GRID, inputs)
     for m in (model, other):
-        autotp.parallelize(m, GRID, inputs, pins=pins, cluster="gloo_loopback")
+        autotp.parallelize(m, tuple(grid), inputs, cluster="gloo_loopback")
     eager = training_step(model, inputs)
     compiled = training_step(torch.compile(other, backend=backend), inputs)
     dist.barrier()
@@ -44,12 +44,17 @@ def case(shape: str, layers: int, rounds: int, backend: str) -> dict[str, float]
     losses = [abs(eager() - compiled())]
     first_s = time.perf_counter() - start_s
     losses += [abs(eager() - compiled()) for _ in range(2)]
-    pairs: list[tuple[Spent, Spent]] = [(spend(eager), spend(compiled)) for _ in range(rounds)]
+    spent = in_turns({"eager": eager, "compiled": compiled}, rounds)
+    cpu, wall = (
+        Ratio.of(*([getattr(s, clock) for s in spent[name]] for name in ("compiled", "eager")))
+        for clock in ("cpu_s", "wall_s")
+    )
     return {
-        "eager_cpu_s": statistics.median(a.cpu_s for a, _ in pairs),
-        "compiled_cpu_s": statistics.median(b.cpu_s for _, b in pairs),
-        "compiled_over_eager": statistics.median(b.cpu_s / a.cpu_s for a, b in pairs),
-        "compiled_over_eager_wall": statistics.median(b.wall_s / a.wall_s for a, b in pairs),
+        "shape": shape,
+        "cpu": cpu.median,
+        "cpu_error": cpu.error,
+        "wall": wall.median,
+        "wall_error": wall.error,
         "loss_difference": max(losses),
         "first_step_s": first_s,
     }
@@ -57,17 +62,27 @@ def case(shape: str, layers: int, rounds: int, backend: str) -> dict[str, float]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shape", choices=sorted(SHAPES), default="activation-heavy")
+    parser.add_argument("--shapes", nargs="+", choices=sorted(SHAPES), default=["activation-heavy"])
+    parser.add_argument("--grid", nargs="+", type=int, default=[2, 2])
     parser.add_argument("--layers", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--backend", default="inductor")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    row = launch(case, 4, args.shape, args.layers, args.rounds, args.backend)[0]
-    for name, value in row.items():
-        print(f"{name:<26} {value:10.4g}")
+    print(f"{'compiled over eager':<20} CPU         wall        losses differ by   first step s")
+    rows = []
+    for shape in args.shapes:
+        ranks = math.prod(args.grid)
+        row = launch(case, ranks, shape, args.grid, args.layers, args.rounds, args.backend)[0]
+        cpu, wall = (str(Ratio(row[c], row[f"{c}_error"])) for c in ("cpu", "wall"))
+        print(
+            f"{shape:<20} {cpu:<11} {wall:<11} {row['loss_difference']:<18.2g}"
+            f" {row['first_step_s']:.0f}",
+            flush=True,
+        )
+        rows.append(row)
     if args.out:
-        args.out.write_text(json.dumps(row, indent=1) + "\n")
+        args.out.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -254,7 +254,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--all", action="store_true", help="every shape and every variant")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=SHORT_SHAPES)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=SHORT_VARIANTS)
-    parser.add_argument("--rounds", type=int, default=9, help="on loopback")
+    parser.add_argument("--rounds", type=int, default=5, help="on loopback")
     parser.add_argument("--link-rounds", type=int, default=3, help="waiting is less noisy")
     parser.add_argument("--layers", type=int, default=0, help="12 for all of GPT-2 small")
     parser.add_argument("--rate", default=GIGABIT, help="of the slow link, as tc spells it")

@@ -133,7 +133,7 @@ def over_two_hosts(about: str | None, work: Callable[..., Any]) -> tuple[argpars
     """
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--shape", choices=SHAPES, default="activation-heavy")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rate", default="300mbit", help="of the wire, as tc spells it")
     parser.add_argument("--seconds", type=float, default=4.0, help="of measuring the links")
     parser.add_argument("--out", type=Path)

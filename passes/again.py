@@ -108,8 +108,9 @@ def _marked(
     decisions, moves = list(copies.decisions), list(copies.moves)
     for maker in (copies.makers[root] for root in again):
         if (n := maker.op) is not None:
-            seconds = decisions[n].seconds + prices.op_s(n)
-            decisions[n] = replace(decisions[n], again=True, seconds=seconds)
+            d, once_s = decisions[n], prices.op_s(n)
+            forth_s, back_s = d.seconds + once_s, d.backward_s + once_s
+            decisions[n] = replace(d, again=True, seconds=forth_s, backward_s=back_s)
         elif (n := maker.move) is not None:
             moves[n] = _twice(moves[n], copies, prices.seconds(maker, moves))
     return tuple(decisions), tuple(moves)

@@ -37,6 +37,9 @@ SEARCHES = 3
 SHARES = (0.75, 0.5, 0.25)
 """Of what the cheapest layouts need beyond the limit, what is left for backward to make again."""
 
+KEPT = 4
+"""Plans that a reader remembers."""
+
 NEAR = 2e-3
 """Share of its time that a plan may be from the bound for no other to be tried."""
 
@@ -120,15 +123,19 @@ def _faster(first: Found, second: Found) -> Found:
 
 
 def reader(read: Callable[[Solution], Plan]) -> Callable[[Solution], Plan]:
-    """Return what reads plans, and keeps the last: equal choices may be found in other ways."""
-    last: dict[tuple[int, ...], Plan] = {}
+    """Return what reads plans, and keeps the last few: equal choices are found in several ways.
+
+    The best of those that were tried is read once more.
+    """
+    kept: dict[tuple[int, ...], Plan] = {}
 
     def read_or_kept(solution: Solution) -> Plan:
-        if solution.choice not in last:
-            last.clear()
-            last[solution.choice] = read(solution)
+        plan = kept.pop(solution.choice, None) or read(solution)
+        kept[solution.choice] = plan
+        if len(kept) > KEPT:
+            del kept[next(iter(kept))]
         return replace(
-            last[solution.choice],
+            plan,
             lower_bound_s=solution.lower_bound_s,
             search_s=solution.seconds,
             method=solution.method,

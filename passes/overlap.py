@@ -25,7 +25,6 @@ from autotp.layouts import Layout
 from autotp.passes.coalesce import Coalesced
 from autotp.passes.moves import Moves
 from autotp.passes.network import Network, Op
-from autotp.passes.pricing import PASSES
 from autotp.passes.products import Roles, roles
 from autotp.passes.sharing import may_hide
 from autotp.plan import AT_ONCE, WHERE_MADE, Bucket, Decision, PlannedMove
@@ -69,7 +68,7 @@ def overlap(
     products = sorted(program.of_products(found.buckets), key=program.first_reader)
     params = [*found.buckets, *program.of_parameters(found.buckets)]
     params.sort(key=program.first_reader)
-    idle = _Idle.of(network, decisions, busy)
+    idle = _Idle.of(decisions, busy)
     made = [program.beside_products(b, idle) for b in products]
     made += program.before_readers([b for b in params if program.is_gather(b)], idle)
     made += [program.beside_backward(b, idle) for b in params if not program.is_gather(b)]
@@ -101,20 +100,13 @@ class _Idle:
     backward: list[float]
 
     @classmethod
-    def of(cls, network: Network, decisions: Sequence[Decision], busy: Busy) -> _Idle:
+    def of(cls, decisions: Sequence[Decision], busy: Busy) -> _Idle:
         """Return the seconds of all ops, but for those that are busy already."""
-        pairs = zip(network.ops, decisions, strict=True)
-        passes = [(d.seconds, _passes(network, op)) for op, d in pairs]
-        idle = cls([s / n for s, n in passes], [s - s / n for s, n in passes])
+        idle = cls([d.seconds - d.backward_s for d in decisions], [d.backward_s for d in decisions])
         for op, (forward_s, backward_s) in busy.items():
             idle.forward[op] = max(0.0, idle.forward[op] - forward_s)
             idle.backward[op] = max(0.0, idle.backward[op] - backward_s)
         return idle
-
-
-def _passes(network: Network, op: Op) -> int:
-    """Return how many forward passes an op's seconds are."""
-    return PASSES + bool(op.region) if any(network.values[v].grad for v in op.results) else 1
 
 
 def _hide(

@@ -244,6 +244,7 @@ def _decision(
         ),
         dtype=str(op.call.results[0].dtype).removeprefix("torch."),
         seconds=float(table.seconds[pick]),
+        backward_s=float(table.backward_s[pick]),
         memory_bytes=int(table.memory[pick]),
         axes=grid.names,
         where=program.where.get(op.name, ""),

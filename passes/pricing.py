@@ -1,7 +1,8 @@
 """What the choices of one variable are and cost: a Table of layouts, seconds and bytes.
 
-An op's seconds are its roofline, forward and backward, and what its program sends; its bytes are
-what backward keeps. A parameter's seconds are the optimizer's traffic, its bytes its state.
+An op's seconds are its roofline, what its gradients take (`passes.backward`), and what its program
+sends; its bytes are what backward keeps. A parameter's seconds are the optimizer's traffic, its
+bytes its state; those of a layout that several ops read, to add up what they give it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from autotp.cost_model.compute import op_s
 from autotp.cost_model.memory import ADAMW_STATES
 from autotp.cost_model.optimizer import update_s
 from autotp.grid import Grid
+from autotp.passes.backward import gather_s, gradient_s
 from autotp.passes.choices import Strategies, Typing, ranks_by_axes
 from autotp.passes.move_table import Column
 from autotp.passes.moves import Moves
@@ -25,11 +27,11 @@ from autotp.passes.roofline import is_attention, is_function, narrowest
 from autotp.passes.spaces import elements
 from autotp.passes.traffic import internal_traffic
 
-PASSES = 3
-"""Forward once, and backward twice as much: the gradients of both operands of a product."""
-
 STATE_COPIES = 2 + ADAMW_STATES
 """A trained parameter, its gradient and the optimizer's states."""
+
+NONE = np.zeros(0)
+"""Of what has no backward of its own: a parameter at rest, a layout that readers share."""
 
 RESULT = -1
 """Stands for an op's first result among the positions of what backward keeps."""
@@ -39,9 +41,10 @@ RESULT = -1
 class Table:
     """The choices of one variable: the layouts of each operand and result, seconds and bytes.
 
-    saved   the bytes of each operand (or RESULT) that backward needs, per choice
-    memory  those that are charged to this variable
-    flops   of an op's products on whole tensors
+    saved       the bytes of each operand (or RESULT) that backward needs, per choice
+    memory      those that are charged to this variable
+    backward_s  the part of the seconds that is backward's, of an op
+    flops       of an op's products on whole tensors
     """
 
     strategies: Strategies | tuple[()]
@@ -50,6 +53,7 @@ class Table:
     seconds: np.ndarray
     memory: np.ndarray
     saved: Mapping[int, np.ndarray] = field(default_factory=dict)
+    backward_s: np.ndarray = field(default_factory=lambda: NONE)
     flops: int = 0
 
     def keep(self, kept: Sequence[int], moves: Moves) -> Table:
@@ -63,6 +67,7 @@ class Table:
             seconds=self.seconds[index],
             memory=self.memory[index],
             saved={slot: held[index] for slot, held in self.saved.items()},
+            backward_s=self.backward_s[index] if len(self.backward_s) else NONE,
         )
 
     def charge(self, slots: Collection[int]) -> Table:
@@ -95,27 +100,31 @@ def price_op(op: Op, strategies: Strategies, typing: Typing, moves: Moves) -> Ta
         for t, types in zip(tensors, typed, strict=True)
     ]
     by_slot = {**dict(enumerate(held[:count])), RESULT: held[count]}
+    forward_s, backward_s = _seconds(op, strategies, held, typing, moves)
     return Table(
         strategies=strategies,
         operands=tuple(columns[:count]),
         results=tuple(columns[count:]),
-        seconds=_seconds(op, strategies, sum(held, np.zeros(1)), typing, moves),
+        seconds=forward_s + backward_s + _sending(op, strategies, any(typing.results), moves),
         memory=np.zeros(len(strategies)),
         saved={s: by_slot[s].astype(float) for s in slots},
+        backward_s=backward_s,
         flops=whole_flops(op),
     )
 
 
 def _seconds(
-    op: Op, strategies: Strategies, moved: np.ndarray, typing: Typing, moves: Moves
-) -> np.ndarray:
-    """Return the seconds of each strategy, forward and backward, that moves so many bytes."""
-    if op.rule.free:
-        return np.zeros(len(strategies))
-    training = any(typing.results)
-    seconds = _arithmetic(op, strategies, moved, moves)
-    passes = PASSES + bool(op.region) if training else 1
-    return np.asarray(seconds * passes + _sending(op, strategies, training, moves))
+    op: Op, strategies: Strategies, held: Sequence[np.ndarray], typing: Typing, moves: Moves
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the seconds of each strategy, that holds so many bytes: of forward and of backward."""
+    zero = np.zeros(len(strategies))
+    forward_s = zero
+    if not op.rule.free:
+        forward_s = zero + _arithmetic(op, strategies, sum(held, np.zeros(1)), moves)
+    if not any(typing.results):
+        return forward_s, zero
+    gradients_s = gradient_s(op, forward_s, held, typing, bool(products(op)), moves)
+    return forward_s, zero + gradients_s + forward_s * bool(op.region)
 
 
 def _arithmetic(op: Op, strategies: Strategies, moved: np.ndarray, moves: Moves) -> np.ndarray:
@@ -241,10 +250,12 @@ def price_rest(value: Value, layouts: Column, is_saved: bool, moves: Moves) -> T
     return Table((), (), (layouts,), seconds, states * held)
 
 
-def price_copy(value: Value, layouts: Column, is_saved: bool, moves: Moves) -> Table:
-    """Return the table of the layout that a value's readers share: it costs what they all keep."""
-    zero = np.zeros(len(layouts))
-    if not is_saved:
-        return Table((), (), (layouts,), zero, zero)
-    held = [moves.local_bytes(value.shape, value.dtype, c) for c in layouts]
-    return Table((), (), (layouts,), zero, np.array(held, dtype=float))
+def price_copy(value: Value, layouts: Column, readers: int, is_saved: bool, moves: Moves) -> Table:
+    """Return the table of the layout that a value's readers share: it costs what they all keep.
+
+    So many `readers` give it a gradient, and these are added up.
+    """
+    every = [moves.local_bytes(value.shape, value.dtype, c) for c in layouts]
+    held = np.array(every, dtype=float)
+    seconds = gather_s(held, readers, value.dtype, moves)
+    return Table((), (), (layouts,), seconds, held if is_saved else 0 * held)

@@ -329,11 +329,12 @@ def _add_copy(b: _Builder, value: str) -> None:
     wanted = [b.tables[n].operands[p] for n, p in b.readers[value] if n != OUTPUT]
     columns = tuple(dict.fromkeys([made, *wanted]))
     is_saved = _is_charged_to_copy(b, value)
-    key = ("copy", v.shape, v.dtype, is_saved, columns)
+    giving = sum(n != OUTPUT and _gives(b, n, p) for n, p in b.readers[value])
+    key = ("copy", v.shape, v.dtype, giving, is_saved, columns)
 
     def price() -> Table:
         shared = b.moves.column(dict.fromkeys(itertools.chain(*(c.distinct for c in columns))))
-        return price_copy(v, shared, is_saved, b.moves)
+        return price_copy(v, shared, giving, is_saved, b.moves)
 
     table = b.table(key, price)
     layouts = table.results[0]
@@ -341,6 +342,12 @@ def _add_copy(b: _Builder, value: str) -> None:
     n, _ = b.readers[value][0]
     again = n != OUTPUT and is_recomputed(b.network, b.network.ops[n])
     _meet(b, v, (producer, b.places[value][0]), made, layouts, again)
+
+
+def _gives(b: _Builder, n: int, position: int) -> bool:
+    """Say whether an op gives its operand a gradient."""
+    op = b.network.ops[n]
+    return b.network.values[op.operands[position]].grad and b.network.values[op.results[0]].grad
 
 
 def _meet(
