@@ -249,13 +249,17 @@ def main() -> None:
         private_network()
     rate = args.rate if args.link else ""
     print(f"{'':36} predicted   measured  ratio    bytes sent: both      memory: both")
-    found = launch(work, RANKS, shapes, tuple(args.schemes), args.steps, args.seconds, rate)
-    rows, refused, measured = found[0]
-    for shape, scheme, why in refused:
-        print(f"{shape:<17} {scheme:<18} refused: {why}")
-    summaries = {s: summary(mine) for s in shapes if (mine := [r for r in rows if r.shape == s])}
-    for shape, values in summaries.items():
-        print(f"{shape:<17}", "  ".join(f"{name} {x:.3f}" for name, x in values.items()))
+    given = tuple(args.schemes), args.steps, args.seconds, rate
+    rows, measured, summaries = [], {}, {}
+    for shape in shapes:  # each in processes of its own, as they keep their memory
+        mine, refused, found = launch(work, RANKS, (shape,), *given)[0]
+        for _, scheme, why in refused:
+            print(f"{shape:<17} {scheme:<18} refused: {why}")
+        rows, measured = [*rows, *mine], {**measured, **found}
+        if mine:
+            summaries[shape] = summary(mine)
+            told = (f"{name} {x:.3f}" for name, x in summaries[shape].items())
+            print(f"{shape:<17}", "  ".join(told), flush=True)
     if args.out:
         about = {"torch": torch.__version__, "machine": platform.processor()}
         body = {"about": about, "rows": [asdict(r) for r in rows], "summary": summaries}

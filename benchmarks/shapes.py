@@ -153,7 +153,7 @@ SHAPES: dict[str, Shape] = {
         "GPT, 8x512 tokens, hidden 256", 4, lambda layers: gpt(8, 512, 256, layers)
     ),
     "weight-heavy": Shape(
-        "GPT, 4x64 tokens, hidden 1536", 2, lambda layers: gpt(4, 64, 1536, layers), together=7
+        "GPT, 4x64 tokens, hidden 1536", 2, lambda layers: gpt(4, 64, 1536, layers), together=5
     ),
     "balanced": Shape("GPT, 4x256 tokens, hidden 512", 2, lambda layers: gpt(4, 256, 512, layers)),
     "GPT-2 small": Shape(
