@@ -11,8 +11,8 @@ By what rules say of ops, not by their names. The gradients of
     a pointwise term   are products with the other terms, summed over what was broadcast
     any other map      take as long as two forward passes; a linear one of one operand one
 
-Source: torch 2.13, tools/autograd/derivatives.yaml; FunctionsManual.cpp and AutogradMeta's
-InputBuffer for what is summed.
+Source: torch 2.13, tools/autograd/derivatives.yaml; torch/csrc/autograd/FunctionsManual.cpp, and
+input_buffer.cpp for what several readers give.
 """
 
 from __future__ import annotations
