@@ -54,7 +54,7 @@ from autotp.measure_jobs import (
 from autotp.ranks import from_rank_0, gathered
 
 PASSES = 3
-"""An op's price counts its forward pass three times: `autotp.passes.pricing`."""
+"""Ops that a link of the chain runs: one forward, two backward."""
 
 
 @dataclass(frozen=True, slots=True)

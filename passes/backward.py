@@ -69,13 +69,12 @@ def _view(op: Op, held: Held) -> np.ndarray:
     """Return the bytes of a view's gradient."""
     count = len(held) - len(op.call.results)
     whole, made = held[0], held[count:]
-    zero = np.zeros(np.broadcast_shapes(*(h.shape for h in held)))
     if len(made) > 1:
-        return zero + 2.0 * whole  # results are put side by side
+        return 2.0 * whole  # results are put side by side
     before, after = (_elements(t) for t in (op.call.operands[0], op.call.results[0]))
-    if after < before:
-        return zero + whole + 2.0 * made[0]
-    return zero + whole + made[0] if after > before else zero
+    if after == before:
+        return 0.0 * whole
+    return whole + made[0] * (2.0 if after < before else 1.0)
 
 
 def _moved(op: Op, held: Held, wanted: Sequence[int]) -> np.ndarray | None:

@@ -30,9 +30,6 @@ from autotp.passes.traffic import internal_traffic
 STATE_COPIES = 2 + ADAMW_STATES
 """A trained parameter, its gradient and the optimizer's states."""
 
-NONE = np.zeros(0)
-"""Of what has no backward of its own: a parameter at rest, a layout that readers share."""
-
 RESULT = -1
 """Stands for an op's first result among the positions of what backward keeps."""
 
@@ -41,9 +38,9 @@ RESULT = -1
 class Table:
     """The choices of one variable: the layouts of each operand and result, seconds and bytes.
 
+    backward_s  the part of the seconds that is backward's
     saved       the bytes of each operand (or RESULT) that backward needs, per choice
     memory      those that are charged to this variable
-    backward_s  the part of the seconds that is backward's, of an op
     flops       of an op's products on whole tensors
     """
 
@@ -51,9 +48,9 @@ class Table:
     operands: tuple[Column, ...]
     results: tuple[Column, ...]
     seconds: np.ndarray
+    backward_s: np.ndarray
     memory: np.ndarray
     saved: Mapping[int, np.ndarray] = field(default_factory=dict)
-    backward_s: np.ndarray = field(default_factory=lambda: NONE)
     flops: int = 0
 
     def keep(self, kept: Sequence[int], moves: Moves) -> Table:
@@ -65,9 +62,9 @@ class Table:
             operands=tuple(moves.column(c[k] for k in index) for c in self.operands),
             results=tuple(moves.column(c[k] for k in index) for c in self.results),
             seconds=self.seconds[index],
+            backward_s=self.backward_s[index],
             memory=self.memory[index],
             saved={slot: held[index] for slot, held in self.saved.items()},
-            backward_s=self.backward_s[index] if len(self.backward_s) else NONE,
         )
 
     def charge(self, slots: Collection[int]) -> Table:
@@ -106,9 +103,9 @@ def price_op(op: Op, strategies: Strategies, typing: Typing, moves: Moves) -> Ta
         operands=tuple(columns[:count]),
         results=tuple(columns[count:]),
         seconds=forward_s + backward_s + _sending(op, strategies, any(typing.results), moves),
+        backward_s=backward_s,
         memory=np.zeros(len(strategies)),
         saved={s: by_slot[s].astype(float) for s in slots},
-        backward_s=backward_s,
         flops=whole_flops(op),
     )
 
@@ -117,14 +114,13 @@ def _seconds(
     op: Op, strategies: Strategies, held: Sequence[np.ndarray], typing: Typing, moves: Moves
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the seconds of each strategy, that holds so many bytes: of forward and of backward."""
-    zero = np.zeros(len(strategies))
-    forward_s = zero
+    forward_s = np.zeros(len(strategies))
     if not op.rule.free:
-        forward_s = zero + _arithmetic(op, strategies, sum(held, np.zeros(1)), moves)
+        forward_s = _arithmetic(op, strategies, sum(held, np.zeros(1)), moves)
     if not any(typing.results):
-        return forward_s, zero
+        return forward_s, 0 * forward_s
     gradients_s = gradient_s(op, forward_s, held, typing, bool(products(op)), moves)
-    return forward_s, zero + gradients_s + forward_s * bool(op.region)
+    return forward_s, gradients_s + forward_s * bool(op.region)
 
 
 def _arithmetic(op: Op, strategies: Strategies, moved: np.ndarray, moves: Moves) -> np.ndarray:
@@ -247,7 +243,7 @@ def price_rest(value: Value, layouts: Column, is_saved: bool, moves: Moves) -> T
     held = np.array([moves.local_bytes(value.shape, value.dtype, c) for c in layouts], dtype=float)
     seconds = update_s(held, value.dtype, moves.cluster) if value.grad else 0 * held
     states = (STATE_COPIES if value.grad else 1) - is_saved
-    return Table((), (), (layouts,), seconds, states * held)
+    return Table((), (), (layouts,), seconds, 0 * held, states * held)
 
 
 def price_copy(value: Value, layouts: Column, readers: int, is_saved: bool, moves: Moves) -> Table:
@@ -258,4 +254,4 @@ def price_copy(value: Value, layouts: Column, readers: int, is_saved: bool, move
     every = [moves.local_bytes(value.shape, value.dtype, c) for c in layouts]
     held = np.array(every, dtype=float)
     seconds = gather_s(held, readers, value.dtype, moves)
-    return Table((), (), (layouts,), seconds, held if is_saved else 0 * held)
+    return Table((), (), (layouts,), seconds, seconds, held if is_saved else 0 * held)

@@ -346,8 +346,8 @@ def _add_copy(b: _Builder, value: str) -> None:
 
 def _gives(b: _Builder, n: int, position: int) -> bool:
     """Say whether an op gives its operand a gradient."""
-    op = b.network.ops[n]
-    return b.network.values[op.operands[position]].grad and b.network.values[op.results[0]].grad
+    typing = typing_of(b.network, b.network.ops[n])
+    return typing.operands[position] and any(typing.results)
 
 
 def _meet(
