@@ -170,34 +170,27 @@ def _seconds(r: Ready, clock: Clock) -> float:
 
 
 def work(
-    shapes: Sequence[str], schemes: Sequence[str], steps: int, seconds: float, rate: str
+    shape: str, schemes: Sequence[str], steps: int, seconds: float, rate: str
 ) -> tuple[list[Row], list[tuple[str, str, str]], dict[str, Any]]:
-    """For every shape measure the machine and every scheme; rank 0 has the rows."""
+    """Measure the machine and every scheme of a shape; rank 0 has the rows."""
     dist.init_process_group("gloo")
     keep_memory()
-    rows: list[Row] = []
-    refused, measured = [], {}
     run_set(WARM, ["megatron"], gloo_loopback(), 1, _done)  # what is imported late counts for none
     clock: Clock = "wall" if rate else "cpu"
     if rate and dist.get_rank() == 0:
         limit("lo", rate)
-    for shape in shapes:
-        measuring = Measuring(QUICK.sizes, torch.device("cpu"))
-        measuring.repeat(replace(QUICK, seconds=seconds))
-        cluster = fit(measuring.found(), NAMES[clock], clock)
-        sets = []
-        for names in sets_of(schemes, PICK, SHAPES[shape].together):
-            going, missing = run_set(shape, names, cluster, steps, measuring.again)
-            refused += missing
-            sets.append([replace(r, step=_done) for r in going])  # lets go of the model
-        found = measuring.found()
-        measured[shape] = asdict(found)
-        if dist.get_rank() == 0:
-            mine = rows_of(shape, sets, fit(found, NAMES[clock], clock), clock)
-            print(*map(line, mine), sep="\n", flush=True)
-            rows += mine
-        measuring.leave()
-    return rows, refused, measured
+    measuring = Measuring(QUICK.sizes, torch.device("cpu"))
+    measuring.repeat(replace(QUICK, seconds=seconds))
+    cluster = fit(measuring.found(), NAMES[clock], clock)
+    sets, refused = [], []
+    for names in sets_of(schemes, PICK, SHAPES[shape].together):
+        going, missing = run_set(shape, names, cluster, steps, measuring.again)
+        refused += missing
+        sets.append([replace(r, step=_done) for r in going])  # lets go of the model
+    found = measuring.found()
+    is_first = dist.get_rank() == 0
+    rows = rows_of(shape, sets, fit(found, NAMES[clock], clock), clock) if is_first else []
+    return rows, refused, asdict(found)
 
 
 def _done() -> Any:
@@ -250,12 +243,14 @@ def main() -> None:
     rate = args.rate if args.link else ""
     print(f"{'':36} predicted   measured  ratio    bytes sent: both      memory: both")
     given = tuple(args.schemes), args.steps, args.seconds, rate
-    rows, measured, summaries = [], {}, {}
+    rows: list[Row] = []
+    measured, summaries = {}, {}
     for shape in shapes:  # each in processes of its own, as they keep their memory
-        mine, refused, found = launch(work, RANKS, (shape,), *given)[0]
+        mine, refused, measured[shape] = launch(work, RANKS, shape, *given)[0]
+        print(*map(line, mine), sep="\n")
         for _, scheme, why in refused:
             print(f"{shape:<17} {scheme:<18} refused: {why}")
-        rows, measured = [*rows, *mine], {**measured, **found}
+        rows += mine
         if mine:
             summaries[shape] = summary(mine)
             told = (f"{name} {x:.3f}" for name, x in summaries[shape].items())

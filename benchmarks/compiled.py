@@ -16,6 +16,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -28,10 +29,19 @@ import autotp
 from autotp.launch import launch
 
 
-def case(
-    shape: str, grid: Sequence[int], layers: int, rounds: int, backend: str
-) -> dict[str, float | str]:
-    """Return the compiled step over the eager one, how losses differ, and what compiling took."""
+@dataclass(frozen=True, slots=True)
+class Row:
+    """The compiled step over the eager one, how their losses differ, and what their first took."""
+
+    shape: str
+    cpu: Ratio
+    wall: Ratio
+    loss_difference: float
+    first_step_s: float
+
+
+def case(shape: str, grid: Sequence[int], layers: int, rounds: int, backend: str) -> Row:
+    """Train what autotp picks for a shape on a grid, in eager and compiled."""
     keep_memory()
     model, inputs = SHAPES[shape].build(layers)
     other = copy.deepcopy(model)
@@ -49,15 +59,7 @@ def case(
         Ratio.of(*([getattr(s, clock) for s in spent[name]] for name in ("compiled", "eager")))
         for clock in ("cpu_s", "wall_s")
     )
-    return {
-        "shape": shape,
-        "cpu": cpu.median,
-        "cpu_error": cpu.error,
-        "wall": wall.median,
-        "wall_error": wall.error,
-        "loss_difference": max(losses),
-        "first_step_s": first_s,
-    }
+    return Row(shape, cpu, wall, max(losses), first_s)
 
 
 def main() -> None:
@@ -74,15 +76,12 @@ def main() -> None:
     for shape in args.shapes:
         ranks = math.prod(args.grid)
         row = launch(case, ranks, shape, args.grid, args.layers, args.rounds, args.backend)[0]
-        cpu, wall = (str(Ratio(row[c], row[f"{c}_error"])) for c in ("cpu", "wall"))
-        print(
-            f"{shape:<20} {cpu:<11} {wall:<11} {row['loss_difference']:<18.2g}"
-            f" {row['first_step_s']:.0f}",
-            flush=True,
-        )
+        ratios = f"{row.cpu!s:<11} {row.wall!s:<11}"
+        told = f"{row.loss_difference:<18.2g} {row.first_step_s:.0f}"
+        print(f"{shape:<20} {ratios} {told}", flush=True)
         rows.append(row)
     if args.out:
-        args.out.write_text(json.dumps(rows, indent=1) + "\n")
+        args.out.write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.nn.utils import clip_grad_norm_
 
 from autotp.cost_model.cluster import bandwidth_bound
 
@@ -77,6 +78,25 @@ def gradients(model):
     return {
         name: whole(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None
     }
+
+
+def train(model, inputs, call=None):
+    """Return the loss, the norm and the gradients of three steps of `call`, by name in `model`.
+
+    AdamW's eps is 1e-3: a key's bias has a true gradient of zero, whose rounding Adam would
+    amplify.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3)
+    seen = {}
+    for step in range(3):
+        loss = loss_of((model if call is None else call)(**inputs))
+        optimizer.zero_grad()
+        loss.backward()
+        seen |= {f"{name} {step}": g for name, g in gradients(model).items()}
+        norm = clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+        seen |= {f"loss {step}": loss.detach(), f"norm {step}": whole(norm)}
+    return seen
 
 
 def assert_near(mine, theirs, bound=1e-5):

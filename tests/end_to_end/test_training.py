@@ -1,35 +1,13 @@
-"""The user's own training loop, on real ranks: losses, gradients and weights of one device.
-
-AdamW's eps is 1e-3: a key's bias has a true gradient of zero, whose rounding Adam would amplify.
-"""
+"""The user's own training loop, on real ranks: losses, gradients and weights of one device."""
 
 import copy
 
-import torch
-from torch.nn.utils import clip_grad_norm_
-
 import autotp
 from autotp.layouts import Shard
-from tests.end_to_end.models import CLUSTER, assert_near, gpt2, gradients, llama, tokens, whole
+from tests.end_to_end.models import CLUSTER, assert_near, gpt2, llama, tokens, train
 from tests.end_to_end.on_ranks import on_ranks
 
 GRIDS = (1, 1), (1, 2), (2, 1), (1, 4), (4, 1), (2, 2)
-STEPS = 3
-
-
-def train(model, inputs):
-    """Return the loss, the norm and the gradients of every step, by name."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3)
-    seen = {}
-    for step in range(STEPS):
-        loss = model(**inputs).loss
-        optimizer.zero_grad()
-        loss.backward()
-        seen |= {f"{name} {step}": g for name, g in gradients(model).items()}
-        norm = clip_grad_norm_(model.parameters(), 0.1)
-        optimizer.step()
-        seen |= {f"loss {step}": loss.detach(), f"norm {step}": whole(norm)}
-    return seen
 
 
 def trains_as_one_device(model, grid):
