@@ -6,9 +6,10 @@ CPU-seconds per rank and step (AdamW included), bytes sent, and the most bytes t
 rank 0: parameters, the optimizer's states and all that operators made. All steps are taken in turn,
 round after round, each in an order of its own, and in each round the machine is measured once more:
 its speed drifts, and plans are priced again by all that was measured while they ran. Shapes too
-large for that run in sets, whose seconds are scaled to those of the pick, which is in each. Prints
-one line per scheme, and per shape the rank correlation, the median errors and the regret: the
-measured time of the pick over the best measured. Writes one JSON.
+large for that run in sets, each in processes of its own; the pick is in each, and a set's seconds,
+predicted and measured, are scaled to those of the pick in the first. Prints one line per scheme,
+and per shape the rank correlation, the median errors and the regret: the measured time of the pick
+over the best measured. Writes one JSON.
 
 With `--link` all traffic passes one link of --rate, in a private network, and seconds are those of
 the wall: measured, planned by and compared.
@@ -67,6 +68,24 @@ class Row:
     predicted_memory: float
     live_memory: float
 
+    def scaled(self, by: float) -> Row:
+        """Return this row on a machine that takes so many times as long."""
+        return replace(self, predicted_s=by * self.predicted_s, measured_s=by * self.measured_s)
+
+
+Refusal = tuple[str, str, str]
+"""A shape, a scheme, and why the shape has no plan of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a set of schemes came to, and the cluster that it was planned for; rows on rank 0."""
+
+    rows: list[Row]
+    refused: list[Refusal]
+    measured: dict[str, Any]
+    cluster: Cluster
+
 
 @dataclass(slots=True)
 class Ready:
@@ -104,7 +123,7 @@ def ready(shape: str, scheme: str, cluster: Cluster) -> Ready | str:
 
 def run_set(
     shape: str, schemes: Sequence[str], cluster: Cluster, steps: int, between: Callable[[], None]
-) -> tuple[list[Ready], list[tuple[str, str, str]]]:
+) -> tuple[list[Ready], list[Refusal]]:
     """Return what the steps of these schemes took, all in turn, and which were refused.
 
     `between` is called before each round.
@@ -135,31 +154,22 @@ def _pins(plan: autotp.Plan) -> dict[str, dict[str, str]]:
     return pins
 
 
-def rows_of(
-    shape: str, sets: Sequence[Sequence[Ready]], cluster: Cluster, clock: Clock
-) -> list[Row]:
-    """Return a row per scheme; seconds are scaled to those of the pick in the first set."""
-    rows: dict[str, Row] = {}
-    plans = {r.scheme: r.plan for mine in sets for r in mine}
-    priced = dict(zip(plans, priced_again(shape, list(plans.values()), cluster), strict=True))
-    for mine in sets:
-        scale = _seconds(sets[0][0], clock) / _seconds(mine[0], clock)
-        for r in mine:
-            plan = r.plan
-            rows.setdefault(
-                r.scheme,
-                Row(
-                    shape,
-                    r.scheme,
-                    priced[r.scheme].step_time_s,
-                    _seconds(r, clock) * scale,
-                    float(plan.comm_bytes),
-                    r.sent_bytes,
-                    plan.memory.at_once,
-                    r.live_bytes,
-                ),
-            )
-    return list(rows.values())
+def rows_of(shape: str, going: Sequence[Ready], cluster: Cluster, clock: Clock) -> list[Row]:
+    """Return a row per scheme, its plan priced for a cluster."""
+    priced = priced_again(shape, [r.plan for r in going], cluster)
+    return [
+        Row(
+            shape,
+            r.scheme,
+            plan.step_time_s,
+            _seconds(r, clock),
+            float(r.plan.comm_bytes),
+            r.sent_bytes,
+            r.plan.memory.at_once,
+            r.live_bytes,
+        )
+        for r, plan in zip(going, priced, strict=True)
+    ]
 
 
 def _seconds(r: Ready, clock: Clock) -> float:
@@ -170,9 +180,14 @@ def _seconds(r: Ready, clock: Clock) -> float:
 
 
 def work(
-    shape: str, schemes: Sequence[str], steps: int, seconds: float, rate: str
-) -> tuple[list[Row], list[tuple[str, str, str]], dict[str, Any]]:
-    """Measure the machine and every scheme of a shape; rank 0 has the rows."""
+    shape: str,
+    schemes: Sequence[str],
+    steps: int,
+    seconds: float,
+    rate: str,
+    cluster: Cluster | None,
+) -> Work:
+    """Measure the machine and a set of schemes of a shape, planned for `cluster` if it is given."""
     dist.init_process_group("gloo")
     keep_memory()
     run_set(WARM, ["megatron"], gloo_loopback(), 1, _done)  # what is imported late counts for none
@@ -181,16 +196,30 @@ def work(
         limit("lo", rate)
     measuring = Measuring(QUICK.sizes, torch.device("cpu"))
     measuring.repeat(replace(QUICK, seconds=seconds))
-    cluster = fit(measuring.found(), NAMES[clock], clock)
-    sets, refused = [], []
-    for names in sets_of(schemes, PICK, SHAPES[shape].together):
-        going, missing = run_set(shape, names, cluster, steps, measuring.again)
-        refused += missing
-        sets.append([replace(r, step=_done) for r in going])  # lets go of the model
+    cluster = cluster or fit(measuring.found(), NAMES[clock], clock)
+    going, refused = run_set(shape, schemes, cluster, steps, measuring.again)
     found = measuring.found()
     is_first = dist.get_rank() == 0
-    rows = rows_of(shape, sets, fit(found, NAMES[clock], clock), clock) if is_first else []
-    return rows, refused, asdict(found)
+    rows = rows_of(shape, going, fit(found, NAMES[clock], clock), clock) if is_first else []
+    return Work(rows, refused, asdict(found), cluster)
+
+
+def rows_in_sets(
+    shape: str, schemes: Sequence[str], *how: Any
+) -> tuple[list[Row], list[Refusal], list[dict[str, Any]]]:
+    """Return a row per scheme, which were refused, and what was measured of the machine per set."""
+    rows: list[Row] = []
+    refused: list[Refusal] = []
+    measured, cluster = [], None
+    for names in sets_of(schemes, PICK, SHAPES[shape].together):
+        found = launch(work, RANKS, shape, names, *how, cluster)[0]
+        picks = [r.measured_s for r in (*rows, *found.rows) if r.scheme == PICK]
+        mine = found.rows if not rows else [r for r in found.rows if r.scheme != PICK]
+        rows += [r.scaled(picks[0] / picks[-1]) for r in mine]
+        refused += found.refused
+        measured.append(found.measured)
+        cluster = found.cluster
+    return rows, refused, measured
 
 
 def _done() -> Any:
@@ -242,11 +271,11 @@ def main() -> None:
         private_network()
     rate = args.rate if args.link else ""
     print(f"{'':36} predicted   measured  ratio    bytes sent: both      memory: both")
-    given = tuple(args.schemes), args.steps, args.seconds, rate
+    how = args.steps, args.seconds, rate
     rows: list[Row] = []
     measured, summaries = {}, {}
-    for shape in shapes:  # each in processes of its own, as they keep their memory
-        mine, refused, measured[shape] = launch(work, RANKS, shape, *given)[0]
+    for shape in shapes:  # in processes of their own, as they keep their memory
+        mine, refused, measured[shape] = rows_in_sets(shape, tuple(args.schemes), *how)
         print(*map(line, mine), sep="\n")
         for _, scheme, why in refused:
             print(f"{shape:<17} {scheme:<18} refused: {why}")
