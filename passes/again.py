@@ -25,7 +25,9 @@ import numpy as np
 from autotp.errors import BudgetError, PinError
 from autotp.passes.kept import Copies, Copy, Maker
 from autotp.passes.moves import Moves
+from autotp.passes.network import Network
 from autotp.passes.pins import is_wild, matches
+from autotp.passes.pricing import Table, repeat_s
 from autotp.passes.schedule import sent_of
 from autotp.passes.search.problem import Problem
 from autotp.passes.search.solve import SMALLEST, Solution, smallest, solve
@@ -38,10 +40,16 @@ NONE = "none"
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What is asked of backward: the bytes that activations may take, and what is pinned."""
+    """What is asked of backward.
+
+    limit_bytes   what activations may take
+    pins          what is kept, or made again
+    near_s        how much longer than need be it may take, where to find the least takes longer
+    """
 
     limit_bytes: float | None = None
     pins: Mapping[str, str] = field(default_factory=dict)
+    near_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +79,21 @@ class Repeats:
         return self.planned.kind_s(m.forward, m.size_bytes, self.planned.grid.axis(m.axis))
 
 
+def repeats(network: Network, picked: Sequence[tuple[Table, int]], moves: Moves) -> Repeats:
+    """Return what it costs to make again, given what each op picked of its table.
+
+    Ops that picked the same of one table, as those of repeated layers, cost the same.
+    """
+    known: dict[tuple[Table, int], float] = {}
+
+    def op_s(n: int) -> float:
+        if picked[n] not in known:
+            known[picked[n]] = repeat_s(network.ops[n], *picked[n], moves)
+        return known[picked[n]]
+
+    return Repeats(op_s, moves)
+
+
 def choose(
     copies: Copies,
     prices: Repeats,
@@ -81,10 +104,13 @@ def choose(
 
     Raises PinError for a pin that asks to make again what cannot be.
     """
-    states = _states(copies, names_of, asked.pins)
     kept = {root: copies.bytes_of(saved) for root, saved in copies.saved.items()}
-    base = sum(n for root, n in kept.items() if root not in states)
-    base += max((copies.bytes_of(inner) for inner in copies.inner.values()), default=0)
+    inner = max((copies.bytes_of(inner) for inner in copies.inner.values()), default=0)
+    every = inner + sum(kept.values())
+    if not asked.pins and (asked.limit_bytes is None or every <= asked.limit_bytes):
+        return Again(tuple(copies.decisions), tuple(copies.moves), 0.0, every, 0)
+    states = _states(copies, names_of, asked.pins)
+    base = inner + sum(n for root, n in kept.items() if root not in states)
     roots = list(states)
     seconds = {r: prices.seconds(m, copies.moves) for r, m in copies.makers.items() if r in states}
     problem = _problem(copies, states, kept, seconds)
@@ -93,11 +119,10 @@ def choose(
         state = {r: states[r][k] for r, k in zip(roots, solution.choice, strict=True)}
         return base + peak_bytes(copies, state, kept)
 
-    found = _within(problem, asked.limit_bytes, base, held)
+    found = _within(problem, asked, base, held)
     again = [r for r, k in zip(roots, found.choice, strict=True) if states[r][k] == AGAIN]
     decisions, moves = _marked(copies, again, prices)
     ops_s = sum(seconds[r] for r in again if copies.makers[r].op is not None)
-    every = base + sum(kept.get(root, 0) for root in roots)
     return Again(decisions, moves, ops_s, held(found), every - held(found))
 
 
@@ -124,26 +149,25 @@ def _twice(m: PlannedMove, copies: Copies, once_s: float) -> PlannedMove:
     return replace(m, again=True, seconds=m.seconds + once_s, sent=sent)
 
 
-def _within(
-    problem: Problem, limit: float | None, base: int, held: Callable[[Solution], int]
-) -> Solution:
-    """Return the cheapest solution that holds at most `limit` bytes, else that of least memory.
+def _within(problem: Problem, asked: Asked, base: int, held: Callable[[Solution], int]) -> Solution:
+    """Return the cheapest solution within the limit asked, else that of least memory.
 
     What is made again is there for a time: that is known once it is chosen, and taken off then.
     """
     found = solve(problem)
+    limit = asked.limit_bytes
     if limit is None or held(found) <= limit:
         return found
-    asked = limit - base
+    budget = limit - base
     while True:
         try:
-            found = solve(problem, asked)
+            found = solve(problem, budget, near_s=asked.near_s)
         except BudgetError:
             found = smallest(problem)
         over = held(found) - limit
         if over <= 0 or found.method == SMALLEST:
             return found
-        asked = found.memory_bytes - over
+        budget = found.memory_bytes - over
 
 
 # The problem -------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from autotp.cost_model.collectives import sent_bytes
 from autotp.cost_model.memory import ADAMW_STATES, adamw_scratch_bytes
 from autotp.grid import Grid
 from autotp.layouts import I, Layout
-from autotp.passes.again import Again, Asked, Repeats, choose
+from autotp.passes.again import Again, Asked, choose, repeats
 from autotp.passes.calls import Case, Kept, called
 from autotp.passes.choices import Strategy
 from autotp.passes.coalesce import Coalesced
@@ -42,13 +42,14 @@ from autotp.passes.pins import (
     layout_pins,
     refuse_misfits,
 )
-from autotp.passes.pricing import Table, repeat_s
+from autotp.passes.pricing import Table
 from autotp.passes.product_prices import Prices
 from autotp.passes.products import legal
 from autotp.passes.program import Program
 from autotp.passes.requirements import requirements
 from autotp.passes.schedule import Needs, needs_of, schedule
 from autotp.passes.schedule_pins import Wanted, split_schedules
+from autotp.passes.search.budget import CLOSE
 from autotp.passes.search.solve import Solution, solve
 from autotp.passes.search_model import Model
 from autotp.passes.strategies import Limits, build_model
@@ -151,12 +152,11 @@ def read_plan(
 ) -> Plan:
     """Return a solution as a Plan; pins say what backward makes again, and how products move."""
     chosen = list(zip(model.variables, solution.choice, strict=True))
-    ops = [(v.name, v.table, k) for v, k in chosen if v.kind == "op"]
-    tables, picks = {n: t for n, t, _ in ops}, {n: k for n, _, k in ops}
+    by_op = {v.name: (v.table, k) for v, k in chosen if v.kind == "op"}
     copies = {v.name: v.table.results[0][k] for v, k in chosen if v.kind == "copy"}
     rest = {v.name: v.table.results[0][k] for v, k in chosen if v.kind == "rest"}
     given = program, network, factors
-    picked = [(tables[op.name], picks[op.name]) for op in network.ops]
+    picked = [by_op[op.name] for op in network.ops]
     ways = _ways(picked)
     decisions = _decisions(*given, ways, picked, grid)
     whole = (I,) * len(grid.sizes)
@@ -164,11 +164,12 @@ def read_plan(
     outputs = _outputs(network, model, decisions, sources, copies, whole)
     params = _resting(*given, model, rest, whole)
     resting = {r.value: r.layout for r in params.values()}
-    asked = Asked(_left(params.values(), budget(cluster)), backward or {})
+    left = _left(params.values(), budget(cluster))
+    asked = Asked(left, backward or {}, CLOSE * solution.cost_s if quick else 0.0)
     apart = _apart(network, model, needs_of(network, decisions, sources, copies, outputs))
     returned = {o: c for o, c in zip(network.outputs, outputs, strict=True) if o and c}
     copies_ = read_copies(network, decisions, apart, sources, rest, returned, model.moves)
-    again = choose(copies_, _repeats(model, tables, picks, network), _namer(*given[:2]), asked)
+    again = choose(copies_, repeats(network, picked, model.moves), _namer(*given[:2]), asked)
     kept = Kept(partial(kept_by_rings, copies_), again.held_bytes, asked.limit_bytes)
     case = Case(network, again.decisions, again.moves, resting, Prices(network, model.moves), kept)
     pairs = partial(legal, network, again.decisions, again.moves, copies, outputs, model.moves)
@@ -352,22 +353,6 @@ def _memory(resting: Collection[Resting], again: Again, shards: int, at_once: in
         activations=again.held_bytes + shards,
         peak=0 if at_once is None else parameters + states + max(trained, at_once + more),
     )
-
-
-def _repeats(
-    model: Model, tables: Mapping[str, Table], picks: Mapping[str, int], network: Network
-) -> Repeats:
-    """Return what it costs to make again; ops of one table, as those of repeated layers, alike."""
-    known: dict[tuple[Table, int], float] = {}
-
-    def op_s(n: int) -> float:
-        op = network.ops[n]
-        key = tables[op.name], picks[op.name]
-        if key not in known:
-            known[key] = repeat_s(op, *key, model.moves)
-        return known[key]
-
-    return Repeats(op_s, model.moves)
 
 
 def _namer(program: Program, network: Network) -> Callable[[Copy], list[str]]:

@@ -36,10 +36,12 @@ CLOSE = 1e-3
 Choice = tuple[int, ...]
 
 
-def within(problem: Problem, budget: float, cheapest: Found, orders: Orders) -> Found:
+def within(
+    problem: Problem, budget: float, cheapest: Found, orders: Orders, near_s: float = 0.0
+) -> Found:
     """Return the cheapest choice within `budget`, given the cheapest of all, which is not.
 
-    Raises BudgetError if there is none.
+    Or one that costs at most `near_s` more than the bound. Raises BudgetError if there is none.
     """
     smallest = minimise(only_memory(problem), orders)
     if smallest.lower > budget * (1 + GAP):
@@ -49,8 +51,8 @@ def within(problem: Problem, budget: float, cheapest: Found, orders: Orders) -> 
     if not is_closed(best):
         mixes = _mixes(problem, budget, list(dict.fromkeys(seen)))
         best = _best(problem, budget, [*seen, *mixes], lower, cheapest.width)
-    if not is_closed(best):
-        best = _refine(problem, budget, best, seen)
+    if not is_closed(best) and best.cost - best.lower > near_s:
+        best = _refine(problem, budget, best, seen, near_s)
     if best.cost == math.inf:
         raise _over_budget(budget, problem.bytes(smallest.choice))
     return best
@@ -121,16 +123,19 @@ def _mixed(problem: Problem, first: Choice, last: Choice) -> tuple[np.ndarray, n
     return np.cumsum(held), np.where(np.cumsum(never) > 0, np.inf, np.cumsum(costs))
 
 
-def _refine(problem: Problem, budget: float, best: Found, seen: Sequence[Choice]) -> Found:
+def _refine(
+    problem: Problem, budget: float, best: Found, seen: Sequence[Choice], near_s: float
+) -> Found:
     """Ask the ILP: of all choices where that is possible, else of those that some price chose."""
+    gap = near_s / best.cost if near_s else 0.0
     small, kept = undominated(problem)
     if cells(small) <= MAX_CELLS:
-        choice, lower = _ask(small, kept, budget)
+        choice, lower = _ask(small, kept, budget, gap)
     elif has_gap_below(best, CLOSE):
         return best
     else:
         kept = _chosen(problem, list(reversed(seen)))
-        choice, lower = _ask(restrict(problem, kept), kept, budget)[0], best.lower
+        choice, lower = _ask(restrict(problem, kept), kept, budget, gap)[0], best.lower
     cost, found = best.cost, best.choice
     if choice is not None and problem.seconds(choice) < cost:
         cost, found = problem.seconds(choice), choice
@@ -138,13 +143,13 @@ def _refine(problem: Problem, budget: float, best: Found, seen: Sequence[Choice]
 
 
 def _ask(
-    problem: Problem, kept: Sequence[np.ndarray], budget: float
+    problem: Problem, kept: Sequence[np.ndarray], budget: float, gap: float
 ) -> tuple[Choice | None, float]:
     """Return the ILP's choice within the budget, in the numbers before `kept`, and its bound."""
-    answer = solve_ilp(problem, budget)
+    answer = solve_ilp(problem, budget, gap)
     picks = answer.choice
     if picks is not None and problem.bytes(picks) > budget:
-        picks = solve_ilp(problem, budget * (1 - MARGIN)).choice
+        picks = solve_ilp(problem, budget * (1 - MARGIN), gap).choice
     if picks is None or problem.bytes(picks) > budget:
         return None, answer.lower_bound_s
     return tuple(int(k[c]) for k, c in zip(kept, picks, strict=True)), answer.lower_bound_s

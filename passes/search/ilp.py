@@ -45,8 +45,11 @@ def cells(problem: Problem) -> int:
     return sum(problem.sizes) + sum(int(t.size) for _, _, t in problem.pairs)
 
 
-def solve_ilp(problem: Problem, budget_bytes: float | None = None) -> Bounded:
-    """Return the cheapest choice within the budget, if there is one, as far as the nodes reach."""
+def solve_ilp(problem: Problem, budget_bytes: float | None = None, gap: float = 0.0) -> Bounded:
+    """Return the cheapest choice within the budget, if there is one, as far as the nodes reach.
+
+    Or one whose cost is at most this share of it from the bound.
+    """
     start = np.concatenate([[0], np.cumsum(problem.sizes)]).astype(int)
     costs, rows = _program(problem, start)
     finite = np.isfinite(costs)
@@ -61,7 +64,7 @@ def solve_ilp(problem: Problem, budget_bytes: float | None = None) -> Bounded:
         integrality=integral.astype(int),
         bounds=Bounds(0, np.where(finite, 1.0, 0.0)),
         constraints=constraints,
-        options={"mip_rel_gap": 0.0, "node_limit": nodes},
+        options={"mip_rel_gap": gap, "node_limit": nodes},
     )
     bound = getattr(result, "mip_dual_bound", None)
     lower = np.inf if result.status == 2 else -np.inf if bound is None else bound / scale

@@ -35,11 +35,16 @@ class Solution:
 
 
 def solve(
-    problem: Problem, memory_budget_bytes: float | None = None, *, max_table: int = 2**24
+    problem: Problem,
+    memory_budget_bytes: float | None = None,
+    *,
+    max_table: int = 2**24,
+    near_s: float = 0.0,
 ) -> Solution:
     """Return the cheapest choice, within `memory_budget_bytes` if it is given.
 
-    No table larger than `max_table` cells is made. The cost is inf where no choice is possible.
+    Within a budget, one that costs at most `near_s` more than its bound. No table larger than
+    `max_table` cells is made. The cost is inf where no choice is possible.
 
     Raises BudgetError if no choice fits the budget.
     """
@@ -51,7 +56,7 @@ def solve(
     found = minimise(problem, orders)
     held = problem.bytes(found.choice)
     if memory_budget_bytes is not None and math.isfinite(found.cost) and held > memory_budget_bytes:
-        found = within(problem, memory_budget_bytes, found, orders)
+        found = within(problem, memory_budget_bytes, found, orders, near_s)
     return Solution(
         choice=found.choice,
         cost_s=found.cost,

@@ -194,6 +194,21 @@ def test_repeated_layers_are_computed_once():
     assert len(more.buckets) == len(layered(96).sizes) > 9_000
 
 
+def test_near_is_as_near_as_asked():
+    lost = []
+    for seed in range(40):
+        problem = random_problem(seed, unreachable=0)
+        budget = 0.75 * solve(problem).memory_bytes
+        if (least := brute_force(problem, budget)) < np.inf:
+            near_s = 0.2 * least
+            found = solve(problem, budget, near_s=near_s)
+            assert found.memory_bytes <= budget
+            assert found.lower_bound_s <= least * (1 + 1e-9)
+            assert least * (1 - 1e-9) <= found.cost_s <= found.lower_bound_s + near_s
+            lost.append(found.cost_s > least * (1 + 1e-6))
+    assert any(lost) and not all(lost)
+
+
 def test_budget_over_repeated_layers_is_nearly_closed():
     problem = layered(12, choices=12)
     free = solve(problem)
