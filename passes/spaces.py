@@ -83,11 +83,15 @@ def _by_dim(
 ) -> np.ndarray:
     """Return of each layout a fact that depends on the axes that split `dim`."""
     own = [t if isinstance(t, Shard) and t.dim == dim else I for t in types]
-    place = {t: k for k, t in enumerate(dict.fromkeys(own))}
-    codes = np.array([place[t] for t in own])[picks] @ _radix(len(place), picks.shape[1])
-    _, first, which = np.unique(codes, return_index=True, return_inverse=True)
-    facts = [fact(tuple(own[k] for k in row)) for row in picks[first].tolist()]
-    return np.array(facts, dtype=np.int64)[which]
+    distinct = list(dict.fromkeys(own))
+    place = {t: k for k, t in enumerate(distinct)}
+    base = (len(distinct),) * picks.shape[1]
+    codes = np.array([place[t] for t in own])[picks] @ _radix(len(distinct), len(base))
+    facts = np.zeros(math.prod(base), dtype=np.int64)  # by code
+    used = np.flatnonzero(np.bincount(codes, minlength=len(facts)))
+    rows = np.stack(np.unravel_index(used, base), axis=-1).tolist()
+    facts[used] = [fact(tuple(distinct[k] for k in row)) for row in rows]
+    return np.asarray(facts[codes])
 
 
 def _radix(base: int, axes: int) -> np.ndarray:
@@ -109,16 +113,16 @@ def _changes(types: Sequence[AxisType], picks: np.ndarray, axis: int) -> Iterato
     free = np.array([(d < 0) | (inner != d).all(axis=1) for d in dims])  # [type, layout]
     radix = _radix(len(types), picks.shape[1])
     codes, at = picks @ radix, picks[:, axis]
-    order = np.argsort(codes)
+    number = np.full(len(types) ** picks.shape[1], -1)  # of the layout that has a code
+    number[codes] = np.arange(len(codes))
     for before, after in MOVES:
         ends = [np.array([kind(t) == letter for t in types]) for letter in (before, after)]
         starts = np.flatnonzero(ends[0][at] & free[at, np.arange(len(at))])
         found = [
-            (starts[allowed], order[spots[allowed]])
+            (starts[allowed], reached[allowed])
             for u in np.flatnonzero(ends[1]).tolist()
-            for wanted in [codes[starts] + (u - at[starts]) * radix[axis]]
-            for spots in [np.searchsorted(codes, wanted, sorter=order).clip(max=len(codes) - 1)]
-            for allowed in [(codes[order[spots]] == wanted) & free[u][starts] & (at[starts] != u)]
+            for reached in [number[codes[starts] + (u - at[starts]) * radix[axis]]]
+            for allowed in [(reached >= 0) & free[u][starts] & (at[starts] != u)]
         ]
         k, j = (np.concatenate([pair[n] for pair in found] or [starts[:0]]) for n in (0, 1))
         if len(k):
