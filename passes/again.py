@@ -30,7 +30,7 @@ from autotp.passes.pins import is_wild, matches
 from autotp.passes.pricing import Table, repeat_s
 from autotp.passes.schedule import sent_of
 from autotp.passes.search.problem import Problem
-from autotp.passes.search.solve import SMALLEST, Solution, smallest, solve
+from autotp.passes.search.solve import SMALLEST, Solution, Solver
 from autotp.plan import Decision, PlannedMove
 
 KEEP, AGAIN = "keep", "again"
@@ -154,16 +154,16 @@ def _within(problem: Problem, asked: Asked, base: int, held: Callable[[Solution]
 
     What is made again is there for a time: that is known once it is chosen, and taken off then.
     """
-    found = solve(problem)
-    limit = asked.limit_bytes
+    solver, limit = Solver(problem), asked.limit_bytes
+    found = solver.solve()
     if limit is None or held(found) <= limit:
         return found
     budget = limit - base
     while True:
         try:
-            found = solve(problem, budget, near_s=asked.near_s)
+            found = solver.solve(budget, asked.near_s)
         except BudgetError:
-            found = smallest(problem)
+            found = solver.smallest()
         over = held(found) - limit
         if over <= 0 or found.method == SMALLEST:
             return found

@@ -24,7 +24,7 @@ from autotp.cost_model.cluster import Cluster
 from autotp.errors import BudgetError
 from autotp.notation import bytes_text, memory_text
 from autotp.passes.search.problem import Problem
-from autotp.passes.search.solve import SMALLEST, Solution, smallest, solve
+from autotp.passes.search.solve import SMALLEST, Solution, Solver, solve
 from autotp.passes.search_model import Model
 from autotp.plan import Memory, Plan
 
@@ -153,8 +153,9 @@ def solve_within(
     """
     if limit is None:
         return solve(problem)
+    solver = Solver(problem)
     best, best_s, spent_s, bound_s = None, np.inf, 0.0, 0.0
-    for found in _tried(problem, limit, read, SHARES if rounds else ()):
+    for found in _tried(solver, limit, read, SHARES if rounds else ()):
         if not np.isfinite(found.cost_s):
             return found
         spent_s, bound_s = spent_s + found.seconds, bound_s or found.lower_bound_s
@@ -164,15 +165,15 @@ def solve_within(
         if best_s <= bound_s * (1 + NEAR):
             break
     if best is None:
-        raise _over_budget(limit, _least(problem, read, rounds))
+        raise _over_budget(limit, _least(solver, read, rounds))
     return replace(best, seconds=spent_s, lower_bound_s=bound_s)
 
 
 def _tried(
-    problem: Problem, limit: float, read: Callable[[Solution], Plan], shares: Sequence[float]
+    solver: Solver, limit: float, read: Callable[[Solution], Plan], shares: Sequence[float]
 ) -> Iterator[Solution]:
     """Yield the cheapest layouts, then the cheapest that need less and less."""
-    found = solve(problem)
+    found = solver.solve()
     yield found
     over = found.memory_bytes - limit
     if over <= 0 and read(found).memory.total <= limit:
@@ -180,15 +181,15 @@ def _tried(
     for share in shares:
         if over > 0:
             try:
-                yield solve(problem, limit + share * over)
+                yield solver.solve(limit + share * over)
             except BudgetError:
                 break
-    fitting = _fitting(problem, limit, read)
+    fitting = _fitting(solver, limit, read)
     if fitting is not None:
         yield fitting
 
 
-def _fitting(problem: Problem, limit: float, read: Callable[[Solution], Plan]) -> Solution | None:
+def _fitting(solver: Solver, limit: float, read: Callable[[Solution], Plan]) -> Solution | None:
     """Return the cheapest solution found whose plan needs at most `limit` bytes.
 
     The search counts a value that several ops keep in different layouts once; the plan counts each.
@@ -197,9 +198,9 @@ def _fitting(problem: Problem, limit: float, read: Callable[[Solution], Plan]) -
     asked, spent_s, bound_s = limit, 0.0, None
     while True:
         try:
-            solution = solve(problem, asked)
+            solution = solver.solve(asked)
         except BudgetError:
-            solution = smallest(problem)
+            solution = solver.smallest()
         if not np.isfinite(solution.cost_s):
             return solution
         spent_s += solution.seconds
@@ -212,11 +213,11 @@ def _fitting(problem: Problem, limit: float, read: Callable[[Solution], Plan]) -
         asked = solution.memory_bytes - (total - limit)
 
 
-def _least(problem: Problem, read: Callable[[Solution], Plan], rounds: int) -> Memory:
+def _least(solver: Solver, read: Callable[[Solution], Plan], rounds: int) -> Memory:
     """Return the memory of the smallest plan that can be found."""
-    least = read(smallest(problem)).memory
+    least = read(solver.smallest()).memory
     for _ in range(rounds):
-        smaller = _fitting(problem, least.total - 1, read)
+        smaller = _fitting(solver, least.total - 1, read)
         if smaller is None:
             break
         least = read(smaller).memory

@@ -22,7 +22,7 @@ from autotp.errors import BudgetError
 from autotp.passes.search.dominance import undominated
 from autotp.passes.search.ilp import MAX_CELLS, cells, solve_ilp
 from autotp.passes.search.minimum import GAP, Found, Orders, has_gap_below, is_closed, minimise
-from autotp.passes.search.problem import Problem, only_memory, restrict, weigh
+from autotp.passes.search.problem import Problem, restrict, weigh
 
 MAX_PRICES = 60
 """Prices tried; some ten reach the best one."""
@@ -37,13 +37,14 @@ Choice = tuple[int, ...]
 
 
 def within(
-    problem: Problem, budget: float, cheapest: Found, orders: Orders, near_s: float = 0.0
+    problem: Problem, budget: float, ends: tuple[Found, Found], orders: Orders, near_s: float
 ) -> Found:
-    """Return the cheapest choice within `budget`, given the cheapest of all, which is not.
+    """Return the cheapest choice within `budget`, or one at most `near_s` dearer than the bound.
 
-    Or one that costs at most `near_s` more than the bound. Raises BudgetError if there is none.
+    `ends` are the cheapest choice of all, which does not fit, and that of least memory, whose cost
+    is its bytes. Raises BudgetError if nothing fits.
     """
-    smallest = minimise(only_memory(problem), orders)
+    cheapest, smallest = ends
     if smallest.lower > budget * (1 + GAP):
         raise _over_budget(budget, smallest.lower)
     seen, lower = _price(problem, budget, cheapest, smallest.choice, orders)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from autotp.passes.search.budget import within
 from autotp.passes.search.minimum import Found, Orders, minimise
@@ -34,58 +34,77 @@ class Solution:
     seconds: float
 
 
-def solve(
-    problem: Problem,
-    memory_budget_bytes: float | None = None,
-    *,
-    max_table: int = 2**24,
-    near_s: float = 0.0,
-) -> Solution:
-    """Return the cheapest choice, within `memory_budget_bytes` if it is given.
-
-    Within a budget, one that costs at most `near_s` more than its bound. No table larger than
-    `max_table` cells is made. The cost is inf where no choice is possible.
-
-    Raises BudgetError if no choice fits the budget.
-    """
-    start = time.process_time()
-    if 0 in problem.sizes:
-        found = Found((0,) * len(problem.sizes), math.inf, math.inf, 0)
-        return Solution(found.choice, math.inf, math.inf, 0.0, 0, found.method, 0.0)
-    orders = Orders(max_table)
-    found = minimise(problem, orders)
-    held = problem.bytes(found.choice)
-    if memory_budget_bytes is not None and math.isfinite(found.cost) and held > memory_budget_bytes:
-        found = within(problem, memory_budget_bytes, found, orders, near_s)
-    return Solution(
-        choice=found.choice,
-        cost_s=found.cost,
-        lower_bound_s=found.lower,
-        memory_bytes=problem.bytes(found.choice),
-        width=found.width,
-        method=found.method,
-        seconds=time.process_time() - start,
-    )
-
-
 SMALLEST = "smallest"
 """The method of the choice of least memory, whatever it costs."""
 
-
-def smallest(problem: Problem, *, max_table: int = 2**24) -> Solution:
-    """Return the choice that needs the least memory."""
-    start = time.process_time()
-    found = minimise(only_memory(problem), Orders(max_table))
-    cost_s = problem.seconds(found.choice)
-    return Solution(
-        choice=found.choice,
-        cost_s=cost_s,
-        lower_bound_s=cost_s,
-        memory_bytes=problem.bytes(found.choice),
-        width=found.width,
-        method=SMALLEST,
-        seconds=time.process_time() - start,
-    )
+MAX_TABLE = 2**24
+"""Cells of the largest table that is made."""
 
 
-__all__ = ["SMALLEST", "Problem", "Solution", "smallest", "solve"]
+@dataclass(slots=True)
+class Solver:
+    """The solutions of one problem: what was found for one budget is not looked for again.
+
+    No table larger than `max_table` cells is made.
+    """
+
+    problem: Problem
+    max_table: int = MAX_TABLE
+    _orders: Orders = field(init=False)
+    _cheapest: Found | None = None
+    _least: Found | None = None
+
+    def __post_init__(self) -> None:
+        self._orders = Orders(self.max_table)
+
+    def solve(self, memory_budget_bytes: float | None = None, near_s: float = 0.0) -> Solution:
+        """Return the cheapest choice, within `memory_budget_bytes` if it is given.
+
+        Within a budget, one that costs at most `near_s` more than its bound. The cost is inf where
+        no choice is possible.
+
+        Raises BudgetError if no choice fits the budget.
+        """
+        start = time.process_time()
+        if 0 in self.problem.sizes:
+            found = Found((0,) * len(self.problem.sizes), math.inf, math.inf, 0)
+            return Solution(found.choice, math.inf, math.inf, 0.0, 0, found.method, 0.0)
+        found = self._cheapest = self._cheapest or minimise(self.problem, self._orders)
+        held = self.problem.bytes(found.choice)
+        budget = math.inf if memory_budget_bytes is None else memory_budget_bytes
+        if math.isfinite(found.cost) and held > budget:
+            found = within(self.problem, budget, (found, self._smallest()), self._orders, near_s)
+        return self._solution(found, start)
+
+    def smallest(self) -> Solution:
+        """Return the choice that needs the least memory."""
+        start = time.process_time()
+        choice, width = self._smallest().choice, self._smallest().width
+        cost_s = self.problem.seconds(choice)
+        return self._solution(Found(choice, cost_s, cost_s, width, SMALLEST), start)
+
+    def _smallest(self) -> Found:
+        if self._least is None:
+            self._least = minimise(only_memory(self.problem), self._orders)
+        return self._least
+
+    def _solution(self, found: Found, start: float) -> Solution:
+        return Solution(
+            choice=found.choice,
+            cost_s=found.cost,
+            lower_bound_s=found.lower,
+            memory_bytes=self.problem.bytes(found.choice),
+            width=found.width,
+            method=found.method,
+            seconds=time.process_time() - start,
+        )
+
+
+def solve(
+    problem: Problem, memory_budget_bytes: float | None = None, *, max_table: int = MAX_TABLE
+) -> Solution:
+    """Return the cheapest choice, as `Solver.solve` does: of a problem that is solved once."""
+    return Solver(problem, max_table).solve(memory_budget_bytes)
+
+
+__all__ = ["SMALLEST", "Problem", "Solution", "Solver", "solve"]

@@ -14,7 +14,7 @@ from autotp.passes.search import elimination
 from autotp.passes.search.dominance import contenders, factors_of, reduce_to_core, undominated
 from autotp.passes.search.elimination import back_substitute, plan_elimination, run
 from autotp.passes.search.ilp import solve_ilp
-from autotp.passes.search.solve import Problem, solve
+from autotp.passes.search.solve import Problem, Solver, solve
 
 
 def random_problem(seed, variables=6, choices=4, density=0.5, unreachable=0.15):
@@ -201,7 +201,7 @@ def test_near_is_as_near_as_asked():
         budget = 0.75 * solve(problem).memory_bytes
         if (least := brute_force(problem, budget)) < np.inf:
             near_s = 0.2 * least
-            found = solve(problem, budget, near_s=near_s)
+            found = Solver(problem).solve(budget, near_s)
             assert found.memory_bytes <= budget
             assert found.lower_bound_s <= least * (1 + 1e-9)
             assert least * (1 - 1e-9) <= found.cost_s <= found.lower_bound_s + near_s
