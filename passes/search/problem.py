@@ -8,6 +8,7 @@ that what is done for one layer is done for all.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -96,18 +97,15 @@ def only_memory(problem: Problem) -> Problem:
 def intern(arrays: Sequence[np.ndarray]) -> tuple[tuple[int, ...], tuple[np.ndarray, ...]]:
     """Number arrays by content: return the number of each, and the distinct ones as float64."""
     by_object: dict[int, int] = {}
-    alike: dict[tuple[tuple[int, ...], int], list[int]] = {}  # of equal shapes and sums of bits
+    by_content: dict[tuple[tuple[int, ...], bytes], int] = {}
     distinct: list[np.ndarray] = []
     for array in arrays:
         if id(array) in by_object:
             continue
-        table = np.ascontiguousarray(array, dtype=np.float64)
-        bits = table.view(np.int64)
-        others = alike.setdefault((table.shape, int(bits.sum())), [])
-        same = (n for n in others if np.array_equal(bits, distinct[n].view(np.int64)))
-        number = next(same, len(distinct))
-        if number == len(distinct):
-            others.append(number)
+        table = np.asarray(array, dtype=np.float64)
+        key = (table.shape, hashlib.blake2b(table.tobytes()).digest())
+        if key not in by_content:
+            by_content[key] = len(distinct)
             distinct.append(table)
-        by_object[id(array)] = number
+        by_object[id(array)] = by_content[key]
     return tuple(by_object[id(array)] for array in arrays), tuple(distinct)
