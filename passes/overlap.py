@@ -18,11 +18,12 @@ that are awaited in any case.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from autotp.cost_model.collectives import is_one_call
 from autotp.layouts import Layout
 from autotp.passes.coalesce import Coalesced
+from autotp.passes.kept import Copy
 from autotp.passes.moves import Moves
 from autotp.passes.network import Network, Op
 from autotp.passes.products import Roles, roles
@@ -64,7 +65,8 @@ def overlap(
         makers.update(dict.fromkeys(d.makes, n))
         for value, layout in zip(d.reads, d.operands, strict=True):
             reads.setdefault(value, []).append((n, layout))
-    program = _Program(found.moves, rest, network, decisions, planned, reads, makers, busy)
+    given = network, decisions, planned, reads, makers, busy
+    program = _Program(found.moves, rest, *given, *_chains(found))
     products = sorted(program.of_products(found.buckets), key=program.first_reader)
     params = [*found.buckets, *program.of_parameters(found.buckets)]
     params.sort(key=program.first_reader)
@@ -74,6 +76,14 @@ def overlap(
     made += [program.beside_backward(b, idle) for b in params if not program.is_gather(b)]
     made = sorted((b for b in made if b.begins or len(b.moves) > 1), key=lambda b: b.moves)
     return replace(found, buckets=tuple(made))
+
+
+def _chains(found: Coalesced) -> tuple[dict[Copy, list[int]], dict[int, Bucket]]:
+    """Return the moves that start from each copy, and the call that a move shares, if it does."""
+    onward: dict[Copy, list[int]] = {}
+    for n, m in enumerate(found.moves):
+        onward.setdefault((m.value, m.before), []).append(n)
+    return onward, {n: b for b in found.buckets for n in b.moves}
 
 
 def late_roles(
@@ -126,7 +136,11 @@ def _hide(
 
 @dataclass(frozen=True, slots=True)
 class _Program:
-    """The moves and ops of a plan, in the order of need: which ops read a value, which makes it."""
+    """The moves and ops of a plan, in the order of need: which ops read a value, which makes it.
+
+    onward, shared   see `_chains`
+    firsts           the first readers of calls, by their moves, as far as they were asked for
+    """
 
     moves: Sequence[PlannedMove]
     rest: Mapping[str, Layout]
@@ -136,6 +150,9 @@ class _Program:
     reads: Mapping[str, Sequence[tuple[int, Layout]]]
     makers: Mapping[str, int]
     busy: Busy
+    onward: Mapping[Copy, Sequence[int]]
+    shared: Mapping[int, Bucket]
+    firsts: dict[tuple[int, ...], int] = field(default_factory=dict)
 
     # Which may begin early ----------------------------------------------------------------------
 
@@ -188,8 +205,22 @@ class _Program:
         return [n for n, layout in reads if layout == m.after] or [n for n, _ in reads]
 
     def first_reader(self, bucket: Bucket) -> int:
-        """Return the first op that reads what a bucket makes."""
-        ops = (n for k in bucket.moves for n in self.readers(self.moves[k]))
+        """Return the first op before which a bucket must be there: what reads what it makes.
+
+        Or what a call makes of it later, for other tensors too: in backward their gradients all
+        come before those of the bucket.
+        """
+        if bucket.moves not in self.firsts:
+            every = (self._first_reader_of(n) for n in bucket.moves)
+            self.firsts[bucket.moves] = min(every, default=len(self.decisions))
+        return self.firsts[bucket.moves]
+
+    def _first_reader_of(self, n: int) -> int:
+        m = self.moves[n]
+        ops = self.readers(m)
+        for then in self.onward.get((m.value, m.after), ()):
+            call = self.shared.get(then)
+            ops = [*ops, self.first_reader(call) if call else self._first_reader_of(then)]
         return min(ops, default=len(self.decisions))
 
     # What they run beside -----------------------------------------------------------------------

@@ -7,7 +7,7 @@ import pytest
 import autotp
 from autotp import schemes
 from autotp.check import prepare
-from autotp.cost_model.cluster import bandwidth_bound
+from autotp.cost_model.cluster import Link, bandwidth_bound
 from autotp.errors import LayoutError, PinError
 from autotp.late import late, linear_late
 from autotp.plan import AT_ONCE, WHERE_MADE
@@ -87,6 +87,22 @@ def test_nothing_is_hidden_where_nothing_runs_at_once():
             assert not bucket.hidden_s
             assert bucket.begins in (AT_ONCE, WHERE_MADE)
             assert bucket.begins == AT_ONCE or bucket.forward == "none"
+
+
+@pytest.mark.parametrize(("latency_s", "is_shared"), [(1e-3, True), (0.0, False)])
+def test_no_gradient_leaves_before_the_call_that_makes_it(latency_s, is_shared):
+    """Sums over rows follow reduce-scatters over columns: where one call makes these, all do."""
+    model, inputs = build("nanogpt")
+    fsdp = schemes.fsdp(model.train(), (2, 2), inputs)
+    pins = {name: {**pin, "row": "I"} if "S" in pin.values() else pin for name, pin in fsdp.items()}
+    inside = Link(latency_s, 1e12)
+    cluster = replace(BESIDE, ranks_per_node=2, intra=inside)
+    plan = autotp.plan(model, (2, 2), inputs, cluster=cluster, pins=pins)
+    sums = [b for b in plan.buckets if b.axis == "row"]
+    scatters = [b for b in plan.buckets if b.axis == "col"]
+    assert len(sums) > 8 and {b.backward for b in sums} == {"all_reduce"}
+    assert (len(scatters) == 1) == is_shared
+    assert any(b.hidden_s for b in sums) != is_shared
 
 
 def test_gathers_begin_within_a_layer_before_their_reader():
