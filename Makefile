@@ -5,7 +5,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.autotp-installed
 SHARED_OUT := -n auto --dist loadfile# one worker per core; a file's tests share what they prepare
-SHORT  := step_time two_hosts accuracy compile_time grid_choice measure_gloo shared_calls python_cost published memory scaling# each with --all for its full size
+SHORT  := step_time two_hosts accuracy compile_time grid_choice python_cost published memory scaling# each with --all for its full size; the others answer questions of their own
 CODE   := autotp passes cost_model tests benchmarks
 TYPES  := build/types# the three folders as mypy must see them, under one import name
 

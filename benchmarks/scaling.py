@@ -30,7 +30,7 @@ from autotp.zoo import build
 
 PICK = "what autotp picks"
 SEQ = {"gpt2-xl": 1024, "llama-3-8b": 2048}
-SHORT = ("megatron_sp", "batch_x_tensor", "fsdp", PICK)
+SHORT = ("batch_x_tensor", "fsdp", PICK)
 
 
 @dataclass(frozen=True)
