@@ -208,18 +208,18 @@ def rows_in_sets(
     shape: str, schemes: Sequence[str], *how: Any
 ) -> tuple[list[Row], list[Refusal], list[dict[str, Any]]]:
     """Return a row per scheme, which were refused, and what was measured of the machine per set."""
-    rows: list[Row] = []
+    rows: dict[str, Row] = {}
     refused: list[Refusal] = []
     measured, cluster = [], None
     for names in sets_of(schemes, PICK, SHAPES[shape].together):
         found = launch(work, RANKS, shape, names, *how, cluster)[0]
-        picks = [r.measured_s for r in (*rows, *found.rows) if r.scheme == PICK]
-        mine = found.rows if not rows else [r for r in found.rows if r.scheme != PICK]
-        rows += [r.scaled(picks[0] / picks[-1]) for r in mine]
+        mine = {r.scheme: r for r in found.rows}
+        scale = rows.get(PICK, mine[PICK]).measured_s / mine[PICK].measured_s
+        rows |= {name: r.scaled(scale) for name, r in mine.items() if name not in rows}
         refused += found.refused
         measured.append(found.measured)
         cluster = found.cluster
-    return rows, refused, measured
+    return list(rows.values()), refused, measured
 
 
 def _done() -> Any:

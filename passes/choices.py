@@ -105,14 +105,14 @@ class Strategies(Sequence[Strategy]):
         distinct = tuple(dict.fromkeys(types))
         number = {t: k for k, t in enumerate(distinct)}
         by_choice = np.array([number[t] for t in types])
-        axes, count = self.picks.shape[1], len(self.picks)
-        codes = by_choice[self.picks] @ (len(distinct) ** np.arange(axes))
-        first = np.full(len(distinct) ** axes, count)  # strategy, by code
-        np.minimum.at(first, codes, np.arange(count))
-        used = np.sort(first[first < count])
-        rank = np.zeros(len(first), dtype=np.intp)
-        rank[codes[used]] = np.arange(len(used))
-        return tuple(tuple(types[k] for k in row) for row in self.picks[used].tolist()), rank[codes]
+        radix = len(distinct) ** np.arange(self.picks.shape[1])
+        codes = by_choice[self.picks] @ radix
+        _, first, which = np.unique(codes, return_index=True, return_inverse=True)
+        order = np.argsort(first)
+        rank = np.empty_like(order)
+        rank[order] = np.arange(len(order))
+        picks = self.picks[first[order]].tolist()
+        return tuple(tuple(types[k] for k in row) for row in picks), rank[which]
 
 
 def strategies_of(op: Op, typing: Typing, factors: Factors, grid: Grid) -> Strategies:

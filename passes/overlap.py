@@ -67,8 +67,8 @@ def overlap(
             reads.setdefault(value, []).append((n, layout))
     given = network, decisions, planned, reads, makers, busy
     program = _Program(found.moves, rest, *given, *_chains(found))
-    products = sorted(program.of_products(found.buckets), key=program.first_reader)
-    params = [*found.buckets, *program.of_parameters(found.buckets)]
+    products = sorted(program.of_products(), key=program.first_reader)
+    params = [*found.buckets, *program.of_parameters()]
     params.sort(key=program.first_reader)
     idle = _Idle.of(decisions, busy)
     made = [program.beside_products(b, idle) for b in products]
@@ -156,22 +156,20 @@ class _Program:
 
     # Which may begin early ----------------------------------------------------------------------
 
-    def of_products(self, buckets: Sequence[Bucket]) -> Iterable[Bucket]:
+    def of_products(self) -> Iterable[Bucket]:
         """Yield a bucket for each move that may be hidden of activations that products read."""
-        return (self._alone(n, m) for n, m in self._apart(buckets) if self._feeds_products(m))
+        return (self._alone(n, m) for n, m in self._apart() if self._feeds_products(m))
 
-    def of_parameters(self, buckets: Sequence[Bucket]) -> Iterable[Bucket]:
+    def of_parameters(self) -> Iterable[Bucket]:
         """Yield a bucket for each move that may be hidden of a parameter as it rests."""
-        apart = self._apart(buckets)
-        return (self._alone(n, m) for n, m in apart if self.rest.get(m.value) == m.before)
+        return (self._alone(n, m) for n, m in self._apart() if self.rest.get(m.value) == m.before)
 
-    def _apart(self, buckets: Sequence[Bucket]) -> Iterable[tuple[int, PlannedMove]]:
+    def _apart(self) -> Iterable[tuple[int, PlannedMove]]:
         """Yield the moves that may run beside ops, and share no call."""
-        taken = {n for b in buckets for n in b.moves}
         for n, m in enumerate(self.moves):
             ranks = self.planned.grid.sizes[self.planned.grid.axis(m.axis)]
             may = ranks > 1 and not m.schedule and may_hide(m.forward, m.backward, m.again)
-            if may and n not in taken:
+            if may and n not in self.shared:
                 yield n, m
 
     def _alone(self, n: int, m: PlannedMove) -> Bucket:

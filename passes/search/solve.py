@@ -51,8 +51,8 @@ class Solver:
     problem: Problem
     max_table: int = MAX_TABLE
     _orders: Orders = field(init=False)
-    _cheapest: Found | None = None
-    _least: Found | None = None
+    _cheapest: Found | None = field(init=False, default=None)
+    _least: Found | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self._orders = Orders(self.max_table)
@@ -79,9 +79,9 @@ class Solver:
     def smallest(self) -> Solution:
         """Return the choice that needs the least memory."""
         start = time.process_time()
-        choice, width = self._smallest().choice, self._smallest().width
-        cost_s = self.problem.seconds(choice)
-        return self._solution(Found(choice, cost_s, cost_s, width, SMALLEST), start)
+        least = self._smallest()
+        cost_s = self.problem.seconds(least.choice)
+        return self._solution(Found(least.choice, cost_s, cost_s, least.width, SMALLEST), start)
 
     def _smallest(self) -> Found:
         if self._least is None:
